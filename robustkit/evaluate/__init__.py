@@ -1,0 +1,1 @@
+"""Evaluate of robustkit."""

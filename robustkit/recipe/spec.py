@@ -1,0 +1,96 @@
+"""The recipe after parsing: frozen values that plan, pipeline and training read. No torch is imported here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Norm = Literal["linf", "l2", "l1"]
+
+
+class Spec(BaseModel):
+    """Base of every part of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Use(Spec):
+    """One use of a plugin: its name, its parameters after checking, and the label that tells it from other uses."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    label: str
+
+
+class ThreatSpec(Spec):
+    """Norm and budget of the adversary; eps in [0, 1] pixel units."""
+
+    norm: Norm = "linf"
+    eps: float = 8 / 255
+
+
+class TrainSpec(Spec):
+    """How one variant is trained."""
+
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: Use = Use(name="sgd", parameters={"lr": 0.1, "momentum": 0.9}, label="sgd")
+    schedule: Use = Use(name="one_cycle", label="one_cycle")
+    augment: tuple[Use, ...] = ()
+    validation: float = 0.1
+    select: Literal["auto", "clean", "robust", "last"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    memory_limit: int | None = None
+    guards: bool = True
+
+
+class VariantSpec(Spec):
+    """One variant: where it starts from, what is done to it. Inheritance is already resolved."""
+
+    label: str
+    parent: str | None = None
+    model: Use
+    threat: ThreatSpec
+    defenses: tuple[Use, ...] = ()
+    compress: tuple[Use, ...] = ()
+    train: TrainSpec | None = None
+
+
+class EvaluateSpec(Spec):
+    """How every variant is attacked and measured."""
+
+    examples: int | None = None
+    batch_size: int = 256
+    attacks: tuple[Use, ...] = ()
+    eps_curve: tuple[float, ...] = ()
+    latency: bool = True
+    gallery: int = 8
+
+
+class GateSpec(Spec):
+    """One gate as it was written; `confident` asks that the interval clears the line, not only the point."""
+
+    text: str
+    confident: bool = False
+
+
+class Recipe(Spec):
+    """A whole recipe: checked, frozen, variants in topological order."""
+
+    name: str
+    path: Path | None = None
+    seeds: tuple[int, ...] = (0,)
+    device: str = "auto"
+    data: Use
+    threat: ThreatSpec
+    variants: tuple[VariantSpec, ...]
+    evaluate: EvaluateSpec
+    gates: tuple[GateSpec, ...] = ()
+    plugins: tuple[Path, ...] = ()
+
+    def variant(self, label: str) -> VariantSpec:
+        """Return the variant with this label."""
+        return next(variant for variant in self.variants if variant.label == label)

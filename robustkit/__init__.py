@@ -1,3 +1,61 @@
 """Train, defend, compress and attack image classifiers, and compare them side by side."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robustkit.api import run as run
+    from robustkit.attacks.threat import Attack as Attack
+    from robustkit.attacks.threat import Threat as Threat
+    from robustkit.data.split import Dataset as Dataset
+    from robustkit.data.split import Split as Split
+    from robustkit.errors import RecipeError as RecipeError
+    from robustkit.errors import RobustkitError as RobustkitError
+    from robustkit.evaluate.api import evaluate as evaluate
+    from robustkit.models.artefact import load_model as load  # noqa: F401
+    from robustkit.recipe.schema import load_recipe as load_recipe
+    from robustkit.registry import register as register
+    from robustkit.results import Results as Results
+    from robustkit.results import read_results as read_results
+    from robustkit.train.hooks import Batch as Batch
+    from robustkit.train.hooks import Defense as Defense
+    from robustkit.train.hooks import Forward as Forward
+    from robustkit.train.hooks import Step as Step
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Attack": "robustkit.attacks.threat:Attack",
+    "Batch": "robustkit.train.hooks:Batch",
+    "Dataset": "robustkit.data.split:Dataset",
+    "Defense": "robustkit.train.hooks:Defense",
+    "Forward": "robustkit.train.hooks:Forward",
+    "RecipeError": "robustkit.errors:RecipeError",
+    "Results": "robustkit.results:Results",
+    "RobustkitError": "robustkit.errors:RobustkitError",
+    "Split": "robustkit.data.split:Split",
+    "Step": "robustkit.train.hooks:Step",
+    "Threat": "robustkit.attacks.threat:Threat",
+    "evaluate": "robustkit.evaluate.api:evaluate",
+    "load": "robustkit.models.artefact:load_model",
+    "load_recipe": "robustkit.recipe.schema:load_recipe",
+    "read_results": "robustkit.results:read_results",
+    "register": "robustkit.registry:register",
+    "run": "robustkit.api:run",
+}
+
+__all__ = sorted([*_PUBLIC, "__version__"])
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use, so that `import robustkit` stays quick and needs no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'robustkit' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

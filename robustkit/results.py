@@ -120,9 +120,11 @@ class VariantResult(Record):
     train_seconds: float = 0.0
     pareto: bool = False
     arrays: str | None = None
-    """Path, relative to the run folder, of the npz with per-example arrays: one bool array `correct/<attack>`, `correct/clean`, `correct/worst`."""
+    """Path, relative to the run folder, of the npz with bool arrays `correct/<attack>`, `correct/clean`,
+    `correct/worst`, one entry a test example."""
     gallery: str | None = None
-    """Path, relative to the run folder, of the npz with clean (N,C,H,W) uint8, adversarial float32, label, prediction_clean, prediction_adversarial, confidence_*, norm."""
+    """Path, relative to the run folder, of the npz with clean (N, C, H, W) uint8, adversarial float32, label,
+    prediction_clean, prediction_adversarial, confidence_clean, confidence_adversarial, norm."""
 
 
 GateVerdict = Literal["holds", "holds (within noise)", "fails (within noise)", "fails"]

@@ -42,9 +42,7 @@ class Threat:
 class Attack(Protocol):
     """Parameters at construction; model and budget at call."""
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
         """Return adversarial images for x (N, ...) in [0, 1] with labels y (N,): inside the ball and the box.
 
         Where nothing better was found, an example comes back as it was. `model` returns logits (N, classes)

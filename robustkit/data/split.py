@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Images as uint8 (N, C, H, W) with labels (N,) int64, on one device. `index` (N,) is each example's first position."""
+    """Images as uint8 (N, C, H, W) with labels (N,) int64. `index` (N,) is each example's first position."""
 
     images: Tensor
     labels: Tensor

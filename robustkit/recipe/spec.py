@@ -91,6 +91,11 @@ class Recipe(Spec):
     gates: tuple[GateSpec, ...] = ()
     plugins: tuple[Path, ...] = ()
 
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths in the recipe start from."""
+        return self.path.parent if self.path else Path.cwd()
+
     def variant(self, label: str) -> VariantSpec:
         """Return the variant with this label."""
         return next(variant for variant in self.variants if variant.label == label)

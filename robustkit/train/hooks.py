@@ -30,7 +30,7 @@ class Decision(Enum):
 
 @dataclass
 class Batch:
-    """One training batch. x (N, C, H, W) float in [0, 1]; y (N,) int64; target (N, classes) or None for hard labels."""
+    """One training batch. x (N, C, H, W) float in [0, 1]; y (N,) int64; target (N, classes) or None."""
 
     x: Tensor
     y: Tensor
@@ -41,7 +41,7 @@ class Batch:
     x_adv: Tensor | None = None
 
     def soft_target(self) -> Tensor:
-        """Return the labels as probabilities (N, classes): the soft target where there is one, else one-hot."""
+        """Return the labels as probabilities (N, classes): the soft target if there is one, else one-hot."""
         if self.target is not None:
             return self.target
         return nn.functional.one_hot(self.y, self.classes).to(self.x.dtype)
@@ -49,7 +49,7 @@ class Batch:
 
 @dataclass
 class Step:
-    """Where training stands, as one plugin sees it. `generator` belongs to the plugin alone, on the batch's device."""
+    """Where training stands, as one plugin sees it. `generator` belongs to the plugin, on the batch's device."""
 
     model: nn.Module
     epoch: int
@@ -90,7 +90,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What is known after an epoch. Accuracies are fractions of 1 on the validation split; None where not measured."""
+    """What is known after an epoch. Accuracies are fractions of 1 on the validation split, or None."""
 
     epoch: int
     loss: float
@@ -117,7 +117,8 @@ class DataContext:
 class Defense:
     """Base of every defense. Each hook is optional; the defaults do nothing.
 
-    A defense that overrides a hook named in EXCLUSIVE_HOOKS owns it: two owners in one variant are a recipe error.
+    A defense that overrides a hook named in EXCLUSIVE_HOOKS owns it: two owners in one variant are a recipe
+    error.
     Hooks run in the order in which the recipe lists the defenses.
     """
 
@@ -193,7 +194,7 @@ class Defense:
 
 
 def is_adversarial(defense: Defense) -> bool:
-    """Say whether the defense trains on perturbed images (then checkpoints are selected by robust accuracy)."""
+    """Say whether the defense trains on perturbed images (checkpoints are then selected by robust accuracy)."""
     return type(defense).perturb is not Defense.perturb
 
 

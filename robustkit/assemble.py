@@ -1,0 +1,247 @@
+"""From finished steps to results: rows, per-example arrays, gallery, gates. Reads the store only; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkit import stats
+from robustkit.evaluate.compare import compare_flags
+from robustkit.recipe.gates import evaluate_gate, parse_gate
+from robustkit.recipe.plan import Plan, Step, describe_variant
+from robustkit.report.pareto import mark_pareto
+from robustkit.results import Curve, Flag, Paired, Rate, Results, VariantResult
+from robustkit.store import Store, write_npz
+
+Bools = NDArray[np.bool_]
+OUTCOME = "outcome.npz"
+GALLERY = "gallery.npz"
+Identity = tuple[str, int]
+
+
+@dataclass
+class Evaluated:
+    """Everything that the store holds of one variant under one seed."""
+
+    variant: str
+    seed: int
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Records by kind of step (fit, measure, clean, curve, checks)."""
+    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Records by the attack's label."""
+    correct: dict[str, Bools] = field(default_factory=dict)
+    """Per-example correctness: `clean`, each attack's label, and `worst`."""
+    labels: NDArray[np.int64] | None = None
+
+    def rates(self) -> dict[str, Rate]:
+        """Return the accuracy of each entry of `correct` with its interval."""
+        return {name: rate_of(values) for name, values in self.correct.items()}
+
+
+def rate_of(correct: Bools) -> Rate:
+    """Return the share of correct examples with its Clopper-Pearson interval."""
+    return stats.clopper_pearson(int(correct.sum()), int(correct.size))
+
+
+def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any]) -> Results:
+    """Return the results of every variant whose clean accuracy is in the store, with gates judged."""
+    recipe = plan.recipe
+    evaluated: dict[Identity, Evaluated] = {}
+    classes: list[str] = []
+    for seed in recipe.seeds:
+        for variant in recipe.variants:
+            found = _collect(plan, store, variant.label, seed)
+            if found is not None:
+                evaluated[variant.label, seed] = found
+                classes = classes or list(found.records["measure"].get("classes", []))
+    latency = _latency(plan, store)
+    rows = [_row(plan, store, one, evaluated, latency, classes) for one in evaluated.values()]
+    results = Results(
+        name=recipe.name,
+        threat={"norm": recipe.threat.norm, "eps": recipe.threat.eps},
+        classes=classes,
+        variants=rows,
+        provenance={**provenance, "data": {"name": recipe.data.name, "fingerprint": plan.data_fingerprint}},
+    )
+    results = mark_pareto(results)
+    gates = [evaluate_gate(parse_gate(gate.text, gate.confident), results, _lookup(evaluated)) for gate in recipe.gates]
+    return results.model_copy(update={"gates": gates})
+
+
+def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Callable[[str, int, str], Bools | None]:
+    def correct(variant: str, seed: int, metric: str) -> Bools | None:
+        found = evaluated.get((variant, seed))
+        return found.correct.get(metric) if found else None
+
+    return correct
+
+
+def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | None:
+    found = Evaluated(variant, seed)
+    for step in plan.of(variant, seed):
+        record = store.record(step.key)
+        if record is None:
+            continue
+        if step.kind == "attack" and step.use is not None:
+            found.attacks[step.use.label] = record
+            found.correct[step.use.label] = _arrays(store, step)["correct"]
+        else:
+            found.records[step.kind] = record
+        if step.kind == "clean":
+            arrays = _arrays(store, step)
+            found.correct["clean"] = arrays["correct"]
+            found.labels = arrays["labels"]
+    if not {"fit", "measure", "clean"} <= set(found.records):
+        return None
+    order = {"clean": found.correct["clean"], **found.correct}
+    found.correct = {**order, "worst": np.logical_and.reduce(list(order.values()))}
+    return found
+
+
+def _arrays(store: Store, step: Step) -> dict[str, NDArray[Any]]:
+    return store.read_arrays(step.key, OUTCOME)
+
+
+def _latency(plan: Plan, store: Store) -> dict[str, dict[str, Any]]:
+    for step in plan.steps:
+        if step.kind == "latency":
+            record = store.record(step.key) or {}
+            found: dict[str, dict[str, Any]] = record.get("latency", {})
+            return found
+    return {}
+
+
+def _row(
+    plan: Plan,
+    store: Store,
+    one: Evaluated,
+    evaluated: Mapping[Identity, Evaluated],
+    latency: Mapping[str, dict[str, Any]],
+    classes: list[str],
+) -> VariantResult:
+    variant = plan.recipe.variant(one.variant)
+    fit, measure = one.records["fit"], one.records["measure"]
+    rates = one.rates()
+    # Latency is measured on the first seed's models; the other seeds have the same architecture.
+    measured = latency.get(plan.fit_keys[one.variant, plan.recipe.seeds[0]], {})
+    parent = evaluated.get((variant.parent, one.seed)) if variant.parent else None
+    return VariantResult(
+        name=one.variant,
+        seed=one.seed,
+        parent=variant.parent,
+        depth=_depth(plan, one.variant),
+        method=describe_variant(variant),
+        clean=rates["clean"],
+        attacks={label: rates[label] for label in one.attacks},
+        worst=rates["worst"],
+        versus_parent=_paired(parent, one),
+        per_class=_per_class(one, classes),
+        curves=_curves(plan, one),
+        parameters=measure["parameters"],
+        nonzero=measure["nonzero"],
+        bytes=measure["bytes"],
+        gzip_bytes=measure["gzip_bytes"],
+        macs=measure["macs"],
+        sparsity=measure["sparsity"],
+        layers=measure["layers"],
+        latency_ms={batch: values["median"] for batch, values in measured.items()},
+        latency=measured,
+        epochs=fit.get("epochs", []),
+        best_epoch=fit.get("best_epoch"),
+        flags=_flags(plan, one),
+        notes=[*fit.get("notes", []), *measure.get("notes", [])],
+        forwards=_total(one, "forwards"),
+        backwards=_total(one, "backwards"),
+        seconds=round(sum(float(record.get("seconds", 0)) for record in _outcomes(one)), 3),
+        train_seconds=round(float(fit.get("train_seconds", 0.0)), 3),
+        arrays=_write_arrays(store, one),
+        gallery=_write_gallery(plan, store, one),
+    )
+
+
+def _depth(plan: Plan, label: str) -> int:
+    parent = plan.recipe.variant(label).parent
+    return 0 if parent is None else 1 + _depth(plan, parent)
+
+
+def _outcomes(one: Evaluated) -> list[dict[str, Any]]:
+    return [one.records["clean"], *one.attacks.values()]
+
+
+def _total(one: Evaluated, name: str) -> int:
+    return sum(int(record.get(name, 0)) for record in _outcomes(one))
+
+
+def _paired(parent: Evaluated | None, child: Evaluated) -> Paired | None:
+    return stats.paired(parent.correct["worst"], child.correct["worst"]) if parent else None
+
+
+def _per_class(one: Evaluated, classes: list[str]) -> dict[str, dict[str, float]]:
+    if one.labels is None:
+        return {}
+    found: dict[str, dict[str, float]] = {"clean": {}, "worst": {}}
+    for number, name in enumerate(classes):
+        members = one.labels == number
+        if members.any():
+            for which, values in found.items():
+                values[name] = round(float(one.correct[which][members].mean()), 6)
+    return found
+
+
+def _curves(plan: Plan, one: Evaluated) -> list[Curve]:
+    record = one.records.get("curve")
+    if record is None:
+        return []
+    curves = []
+    for name, correct in record["correct"].items():
+        rates = [stats.clopper_pearson(count, record["n"]) for count in correct]
+        curves.append(Curve(attack=name, norm=plan.recipe.threat.norm, eps=record["eps"], rates=rates))
+    return curves
+
+
+def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
+    flags = [Flag.model_validate(flag) for flag in one.records["fit"].get("flags", [])]
+    flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
+    kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
+    flags += compare_flags(one.correct, kinds)
+    for label, record in one.attacks.items():
+        flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in record["notes"]]
+        if record.get("projected"):
+            message = f"{label}: {record['projected']} results left the ball or the box and were not counted"
+            flags.append(Flag(id="budget", severity="note", message=message))
+    return flags
+
+
+def _write_arrays(store: Store, one: Evaluated) -> str:
+    name = f"arrays/{one.variant}-seed{one.seed}.npz"
+    arrays: dict[str, NDArray[Any]] = {f"correct/{key}": values for key, values in one.correct.items()}
+    if one.labels is not None:
+        arrays["labels"] = one.labels
+    write_npz(store.folder / name, arrays)
+    return name
+
+
+def _write_gallery(plan: Plan, store: Store, one: Evaluated) -> str | None:
+    """Take, for each example, the first attack that fools it, else the attack that lowers its confidence most."""
+    found = []
+    for label, record in one.attacks.items():
+        if GALLERY in record["files"]:
+            found.append(store.read_arrays(plan.attack_step(one.variant, one.seed, label).key, GALLERY))
+    if not found:
+        return None
+    label = found[0]["label"]
+    fooled = np.stack([arrays["prediction_adversarial"] != label for arrays in found])
+    confidence = np.stack([arrays["confidence_adversarial"] for arrays in found])
+    score = np.where(fooled, 2.0 + confidence, 1.0 - confidence)
+    choice = score.argmax(axis=0)
+    rows = np.arange(len(label))
+    arrays = {key: np.stack([one[key] for one in found])[choice, rows] for key in found[0]}
+    delta = (arrays["adversarial"] - arrays["clean"].astype(np.float32) / 255).reshape(len(label), -1)
+    arrays["norm"] = np.abs(delta).max(1) if plan.recipe.threat.norm == "linf" else np.linalg.norm(delta, axis=1)
+    name = f"arrays/{one.variant}-seed{one.seed}-gallery.npz"
+    write_npz(store.folder / name, arrays)
+    return name

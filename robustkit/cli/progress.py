@@ -1,0 +1,114 @@
+"""What a run shows while it works: a live bar on a terminal, plain lines when piped, nothing when quiet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+
+class Display:
+    """Turns events into lines and, on a terminal, into one live bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("", total=None, detail="", visible=False)
+        self._variant: tuple[object, object] | None = None
+        self._began = 0.0
+        self._detail = ""
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: str, values: Mapping[str, Any]) -> None:
+        """Show one event."""
+        handler = getattr(self, f"_on_{event}", None)
+        if handler is not None:
+            handler(values)
+
+    def _on_run(self, values: Mapping[str, Any]) -> None:
+        done = values["steps"] - values["todo"]
+        self._line(f"{values['name']}: {values['steps']} steps, {done} done before")
+
+    def _on_start(self, values: Mapping[str, Any]) -> None:
+        self._began = time.monotonic()
+        self._detail = ""
+        name = self._name(values)
+        self._progress.update(
+            self._task, description=name, total=None, completed=0, detail=values["kind"], visible=True
+        )
+
+    def _on_step(self, values: Mapping[str, Any]) -> None:
+        self._progress.update(
+            self._task, total=values.get("steps"), completed=values.get("step", 0), detail=self._detail
+        )
+
+    def _on_epoch(self, values: Mapping[str, Any]) -> None:
+        robust = f"  robust(val) {values['robust']:.1%}" if values.get("robust") is not None else ""
+        left = f"  {_clock(values['eta'])} left" if values.get("eta") else ""
+        text = (
+            f"epoch {values['epoch'] + 1}/{values.get('epochs', '?')}  loss {values['loss']:.3f}"
+            f"  train {values['train_accuracy']:.1%}  clean(val) {values['clean']:.1%}{robust}"
+        )
+        self._detail = text + left
+        self._line(f"  {self._name(values):28} {text}{left}")
+
+    def _on_done(self, values: Mapping[str, Any]) -> None:
+        if values["kind"] == "fit" or values["seconds"] >= 5:
+            what = "made" if values["kind"] == "fit" else values["kind"]
+            self._line(f"  {self._name(values):28} {what} in {_clock(values['seconds'])}")
+
+    def _on_failed(self, values: Mapping[str, Any]) -> None:
+        self._line(f"  {self._name(values):28} failed: {values['message']}", style="bold red")
+
+    def _on_guard(self, values: Mapping[str, Any]) -> None:
+        self._line(f"  {self._name(values):28} guard: {values.get('message', '')}", style="yellow")
+
+    def _on_data(self, values: Mapping[str, Any]) -> None:
+        self._line(f"  {self._name(values):28} data: {values.get('message', '')}")
+
+    def _on_warning(self, values: Mapping[str, Any]) -> None:
+        self._line(f"  warning: {values['message']}", style="yellow")
+
+    def _name(self, values: Mapping[str, Any]) -> str:
+        return str(values.get("variant") or values.get("kind") or "")
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        self._progress.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,206 @@
+"""The only place that executes steps: what is in the store is read, the rest is run, in the order of the plan."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robustkit import provenance, registry
+from robustkit.assemble import assemble
+from robustkit.data.fingerprint import fingerprint
+from robustkit.errors import RobustkitError, UsageError
+from robustkit.recipe.plan import Plan, Step, make_plan
+from robustkit.recipe.spec import Recipe, Use
+from robustkit.report.write import write_report
+from robustkit.results import Results, write_results
+from robustkit.store import EventLog, Store, write_atomic, write_json
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+PLUGIN_KINDS: dict[str, registry.Kind] = {
+    "model": "model",
+    "defense": "defense",
+    "compressor": "compressor",
+    "attack": "attack",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "augmentation": "augmentation",
+    "data": "data",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step that failed: its variant, what it did, and the message for the person at the terminal."""
+
+    step: Step
+    message: str
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run left behind."""
+
+    folder: Path
+    results: Results
+    report: Path
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass
+class Events:
+    """Sends each event to the log and to a listener, with the variant and seed it belongs to."""
+
+    log: EventLog
+    listener: OnEvent | None
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, event: str, values: Mapping[str, Any] | None = None) -> None:
+        """Send one event; `step` events are for progress bars only and are not logged."""
+        merged = {**self.context, **(values or {})}
+        if event != "step":
+            self.log.write(event, merged)
+        if self.listener is not None:
+            self.listener(event, merged)
+
+
+def entry_of(kind: str, use: Use, recipe: Recipe) -> registry.Entry:
+    """Return the registry's entry of a plugin use in a recipe."""
+    return registry.find(PLUGIN_KINDS[kind], use.name, folder=recipe.folder, plugins=recipe.plugins)
+
+
+def plan_of(recipe: Recipe, *, cache: Path | None = None) -> Plan:
+    """Return the plan of a recipe on its data as they lie on the disk now. Imports no torch."""
+    data = fingerprint(recipe.data, cache=cache, folder=recipe.folder)
+    return make_plan(recipe, data, lambda kind, use: registry.source_hash(entry_of(kind, use, recipe)))
+
+
+def user_code(recipe: Recipe) -> list[str]:
+    """Return the names in a recipe that run code from outside robustkit and its libraries."""
+    uses: list[tuple[str, Use]] = [("data", recipe.data)]
+    for variant in recipe.variants:
+        uses.append(("model", variant.model))
+        uses += [("defense", use) for use in variant.defenses]
+        uses += [("compressor", use) for use in variant.compress]
+        if variant.train:
+            uses += [("optimizer", variant.train.optimizer), ("schedule", variant.train.schedule)]
+            uses += [("augmentation", use) for use in variant.train.augment]
+    uses += [("attack", use) for use in recipe.evaluate.attacks]
+    named = {use.name for kind, use in uses if registry.runs_user_code(entry_of(kind, use, recipe))}
+    return sorted(named | {str(path) for path in recipe.plugins})
+
+
+def check_trust(recipe: Recipe, trust_plugins: bool) -> None:
+    """Raise a UsageError where a recipe names user code and nobody said that it may run."""
+    named = user_code(recipe)
+    if named and not trust_plugins:
+        raise UsageError(
+            f"this recipe runs code from {', '.join(named)}. Read that code; if you trust it, "
+            "add --trust-plugins to the command"
+        )
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    trust_plugins: bool = False,
+    on_event: OnEvent | None = None,
+    recipe_text: str | None = None,
+    command: list[str] | None = None,
+) -> RunOutcome:
+    """Run a recipe into a folder and return what was found.
+
+    Steps that are in the folder already are not run again. A variant that fails takes its descendants with it; the
+    others go on, and the report covers what is there.
+
+    Raises:
+        UsageError: another process holds the folder, or user code is not trusted.
+        RobustkitError: nothing at all could be run.
+    """
+    check_trust(recipe, trust_plugins)
+    store = Store(folder)
+    with store.lock():
+        log = EventLog(folder / "events.jsonl")
+        try:
+            events = Events(log, on_event)
+            return _run(recipe, store, events, recipe_text, command)
+        finally:
+            log.close()
+
+
+def _run(
+    recipe: Recipe, store: Store, events: Events, recipe_text: str | None, command: list[str] | None
+) -> RunOutcome:
+    plan = plan_of(recipe)
+    if recipe_text is not None:
+        write_atomic(store.folder / "recipe.yaml", recipe_text.encode())
+    write_json(store.folder / "resolved.json", recipe.model_dump(mode="json"))
+    todo = pending(plan, store)
+    events("run", {"name": recipe.name, "steps": len(plan.steps), "todo": len(todo)})
+    failures = _execute(plan, todo, store, events) if todo else ()
+    failed = {failure.step.key for failure in failures}
+    ran_on = provenance.collect(command)
+    write_json(store.folder / "provenance.json", ran_on)
+    results = assemble(plan, store, ran_on)
+    if not results.variants:
+        raise RobustkitError("no variant could be evaluated:\n" + "\n".join(f.message for f in failures))
+    write_results_atomic(results, store)
+    report = write_report(store.folder)
+    events("finished", {"report": str(report), "failed": len(failed)})
+    return RunOutcome(store.folder, results, report, failures)
+
+
+def write_results_atomic(results: Results, store: Store) -> None:
+    """Write results.json so that a crash leaves the old one or the new one."""
+    temporary = store.folder / ".results.json.tmp"
+    write_results(results, temporary)
+    temporary.replace(store.folder / "results.json")
+
+
+def pending(plan: Plan, store: Store) -> list[Step]:
+    """Return the steps that are not in the store, each key once."""
+    todo: dict[str, Step] = {}
+    for step in plan.steps:
+        if step.key not in todo and not store.done(step.key):
+            todo[step.key] = step
+    return list(todo.values())
+
+
+def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tuple[Failure, ...]:
+    from robustkit.steps import Workbench
+
+    bench = Workbench(plan, store, events)
+    failures: list[Failure] = []
+    failed: set[str] = set()
+    for number, step in enumerate(todo, 1):
+        if step.kind != "latency" and failed & set(step.parents):
+            failed.add(step.key)
+            continue
+        events.context = {"variant": step.variant, "seed": step.seed, "kind": step.kind, "key": step.key}
+        events("start", {"number": number, "todo": len(todo), "description": step.description})
+        started = time.perf_counter()
+        try:
+            bench.run(step, skip=failed)
+        except RobustkitError as error:
+            failures.append(Failure(step, str(error)))
+        except Exception as error:  # a user's plugin may raise anything; the trace goes into the events
+            events("trace", {"trace": traceback.format_exc()})
+            failures.append(Failure(step, _where(error)))
+        else:
+            events("done", {"seconds": round(time.perf_counter() - started, 3)})
+            continue
+        failed.add(step.key)
+        events("failed", {"message": failures[-1].message})
+    events.context = {}
+    return tuple(failures)
+
+
+def _where(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}; the trace is in events.jsonl"

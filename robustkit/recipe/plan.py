@@ -1,0 +1,172 @@
+"""From a recipe to steps with content keys. Pure: reads no data, runs nothing, imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
+
+Kind = Literal["fit", "measure", "clean", "attack", "curve", "checks", "latency"]
+FORMAT = 1
+"""Raised when the meaning of a step changes, so that older results are not taken for new ones."""
+
+SourceHash = Callable[[str, Use], str]
+"""(kind of plugin, use) -> hash of its source: the version for built-ins, the file's content for users' code."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work. Equal keys mean equal work: names and labels are not part of the key."""
+
+    kind: Kind
+    key: str
+    variant: str
+    seed: int
+    parents: tuple[str, ...] = ()
+    """Keys of the steps that this one reads."""
+    use: Use | None = None
+    """The attack of an attack step."""
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in an order in which each comes after those it reads, and the keys by variant and seed."""
+
+    recipe: Recipe
+    data_fingerprint: str
+    steps: tuple[Step, ...]
+    fit_keys: Mapping[tuple[str, int], str] = field(default_factory=dict)
+
+    def of(self, variant: str, seed: int) -> tuple[Step, ...]:
+        """Return the steps of one variant under one seed."""
+        return tuple(step for step in self.steps if step.variant == variant and step.seed == seed)
+
+    def attack_step(self, variant: str, seed: int, label: str) -> Step:
+        """Return the step of one attack by its label."""
+        return next(
+            step
+            for step in self.of(variant, seed)
+            if step.kind == "attack" and step.use is not None and step.use.label == label
+        )
+
+
+def content_key(**parts: object) -> str:
+    """Return 20 hex digits of the sha256 of the parts as canonical JSON."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=_plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def make_plan(recipe: Recipe, data_fingerprint: str, source_hash: SourceHash) -> Plan:
+    """Return the steps of a recipe; equal recipes on equal data with equal plugin sources give equal keys."""
+    steps: list[Step] = []
+    fit_keys: dict[tuple[str, int], str] = {}
+    for seed in recipe.seeds:
+        for variant in recipe.variants:
+            fit = _fit_step(recipe, variant, seed, data_fingerprint, fit_keys, source_hash)
+            fit_keys[variant.label, seed] = fit.key
+            steps.append(fit)
+            steps.extend(_evaluation_steps(recipe, variant, seed, fit.key, source_hash))
+    if recipe.evaluate.latency and recipe.variants:
+        steps.append(_latency_step(recipe, fit_keys))
+    return Plan(recipe, data_fingerprint, tuple(steps), fit_keys)
+
+
+def _identity(kind: str, use: Use, source_hash: SourceHash) -> dict[str, object]:
+    return {"name": use.name, "parameters": use.parameters, "source": source_hash(kind, use)}
+
+
+def _fit_step(
+    recipe: Recipe,
+    variant: VariantSpec,
+    seed: int,
+    data_fingerprint: str,
+    fit_keys: Mapping[tuple[str, int], str],
+    source_hash: SourceHash,
+) -> Step:
+    parent = fit_keys[variant.parent, seed] if variant.parent else None
+    train = variant.train
+    key = content_key(
+        kind="fit",
+        parent=parent,
+        data=data_fingerprint,
+        seed=seed,
+        model=_identity("model", variant.model, source_hash),
+        defenses=[_identity("defense", use, source_hash) for use in variant.defenses] if train else [],
+        compress=[_identity("compressor", use, source_hash) for use in variant.compress],
+        threat=_threat(variant.threat) if train and variant.defenses else None,
+        train=_train(train, source_hash) if train else None,
+    )
+    return Step("fit", key, variant.label, seed, (parent,) if parent else (), description=describe_variant(variant))
+
+
+def _train(train: TrainSpec, source_hash: SourceHash) -> dict[str, object]:
+    values: dict[str, object] = train.model_dump(mode="json", exclude={"optimizer", "schedule", "augment"})
+    values["optimizer"] = _identity("optimizer", train.optimizer, source_hash)
+    values["schedule"] = _identity("schedule", train.schedule, source_hash)
+    values["augment"] = [_identity("augmentation", use, source_hash) for use in train.augment]
+    return values
+
+
+def _evaluation_steps(recipe: Recipe, variant: VariantSpec, seed: int, fit: str, source_hash: SourceHash) -> list[Step]:
+    evaluate, label = recipe.evaluate, variant.label
+    common: dict[str, object] = {"model": fit, "examples": evaluate.examples, "seed": seed}
+    threat = _threat(recipe.threat)
+    clean = content_key(kind="clean", **common)
+    steps = [
+        Step("measure", content_key(kind="measure", model=fit), label, seed, (fit,), description="costs"),
+        Step("clean", clean, label, seed, (fit,), description="clean accuracy"),
+    ]
+    for use in evaluate.attacks:
+        key = content_key(
+            kind="attack",
+            **common,
+            threat=threat,
+            gallery=evaluate.gallery,
+            attack=_identity("attack", use, source_hash),
+        )
+        steps.append(Step("attack", key, label, seed, (fit, clean), use, use.label))
+    if evaluate.eps_curve:
+        key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve)
+        steps.append(Step("curve", key, label, seed, (fit, clean), description="security curve"))
+    key = content_key(kind="checks", **common, threat=threat)
+    steps.append(Step("checks", key, label, seed, (fit, clean), description="sanity checks"))
+    return steps
+
+
+def _latency_step(recipe: Recipe, fit_keys: Mapping[tuple[str, int], str]) -> Step:
+    """Latency compares the variants in one interleaved measurement, so it belongs to the set of models."""
+    first = recipe.seeds[0]
+    models = tuple(fit_keys[variant.label, first] for variant in recipe.variants)
+    key = content_key(kind="latency", models=sorted(set(models)))
+    return Step("latency", key, "", first, models, description="latency, interleaved")
+
+
+def _threat(threat: ThreatSpec) -> dict[str, object]:
+    return {"norm": threat.norm, "eps": threat.eps}
+
+
+def describe_use(use: Use) -> str:
+    """Return a use in words: `pgd(steps=20, restarts=2)`."""
+    inside = ", ".join(f"{key}={_short(value)}" for key, value in use.parameters.items())
+    return f"{use.name}({inside})" if inside else use.name
+
+
+def describe_variant(variant: VariantSpec) -> str:
+    """Return what is done to a variant, in words."""
+    parts = [describe_use(use) for use in (*variant.compress, *variant.defenses)]
+    return " + ".join(parts) if parts else "standard training" if variant.parent is None else "no change"
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple | set | frozenset):
+        return list(value)
+    return str(value)

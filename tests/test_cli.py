@@ -1,0 +1,83 @@
+"""The command line: quick help, exit codes, messages instead of traces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from robustkit.cli.group import COMMANDS, run
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["check", "--help"], ["list"]])
+def test_no_torch_is_imported_by(arguments: list[str]) -> None:
+    done = _python(
+        "import sys; from robustkit.cli.group import run\n"
+        f"code = run({arguments!r})\n"
+        "heavy = {'torch', 'torchvision', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert code == 0 and not heavy, (code, heavy)"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_takes_less_than_a_fifth_of_a_second() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "robustkit", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    def bare() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "pass"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) - min(bare() for _ in range(5)) < 0.2
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert run([name, "--help"]) == 0
+        assert "Usage: robustkit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["frobnicate"], 2, "No such command"),
+        (["run"], 2, "Missing argument"),
+        (["run", "no-such-recipe.yaml"], 2, "no-such-recipe.yaml"),
+        (["check", "no-such-recipe.yaml"], 2, "no-such-recipe.yaml"),
+        (["report", "no-such-run"], 2, "no-such-run"),
+    ],
+)
+def test_a_mistake_gives_a_message_and_a_code(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == code
+    shown = capsys.readouterr()
+    assert says in shown.err + shown.out
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_an_unsafe_recipe_needs_trust(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mark = tmp_path / "ran"
+    (tmp_path / "mine.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+        "from robustkit.train.hooks import Defense\nclass Mine(Defense):\n    '''Mine.'''\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: digits\nmodel: {small_cnn: {widths: [4, 4, 4]}}\ntrain: {epochs: 1}\n"
+        "variants: {a: {defenses: ['mine.py:Mine']}}\n"
+    )
+    assert run(["check", str(recipe)]) == 0
+    assert run(["run", str(recipe), "--runs", str(tmp_path / "runs")]) == 2
+    assert "--trust-plugins" in capsys.readouterr().err
+    assert not mark.exists()

@@ -1,3 +1,359 @@
-"""Names of plugins: where each lives, which parameters it takes, and how to make one. Imports no plugin until asked."""
+"""Names of plugins: where each lives and how to make one. No plugin's module is imported until it is made."""
 
 from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from robustkit import __version__
+from robustkit.errors import UsageError, did_you_mean
+from robustkit.signatures import Parameter, check_values, parameters_of_object, read_parameters, read_summary
+
+Kind = Literal["data", "model", "defense", "compressor", "attack", "optimizer", "schedule", "augmentation"]
+KINDS: tuple[Kind, ...] = (
+    "data",
+    "model",
+    "defense",
+    "compressor",
+    "attack",
+    "optimizer",
+    "schedule",
+    "augmentation",
+)
+
+BUILTIN: dict[Kind, dict[str, str]] = {
+    "data": {
+        "digits": "robustkit.data.sources.digits:Digits",
+        "fashion_mnist": "robustkit.data.sources.idx:FashionMnist",
+        "mnist": "robustkit.data.sources.idx:Mnist",
+        "cifar10": "robustkit.data.sources.vision:Cifar10",
+        "cifar100": "robustkit.data.sources.vision:Cifar100",
+        "svhn": "robustkit.data.sources.vision:Svhn",
+        "image_folder": "robustkit.data.sources.folder:ImageFolder",
+        "npz": "robustkit.data.sources.npz:Npz",
+    },
+    "model": {
+        "baseline_cnn": "robustkit.models.baseline_cnn:BaselineCnn",
+        "small_cnn": "robustkit.models.small_cnn:SmallCnn",
+        "resnet18": "robustkit.models.resnet:resnet18",
+        "wide_resnet": "robustkit.models.wide_resnet:WideResNet",
+    },
+    "defense": {
+        "weight_decay": "robustkit.defenses.regularization:WeightDecay",
+        "l1": "robustkit.defenses.regularization:L1",
+        "label_smoothing": "robustkit.defenses.regularization:LabelSmoothing",
+        "dropout": "robustkit.defenses.dropout:Dropout",
+        "balanced_sampling": "robustkit.defenses.sampling:BalancedSampling",
+        "deduplicate": "robustkit.defenses.sampling:Deduplicate",
+        "knn_filter": "robustkit.defenses.sampling:KnnFilter",
+        "pgd_training": "robustkit.defenses.adversarial:PgdTraining",
+        "n_fgsm": "robustkit.defenses.adversarial:NFgsm",
+        "trades": "robustkit.defenses.adversarial:Trades",
+    },
+    "compressor": {
+        "global_l1": "robustkit.compress.prune:GlobalL1",
+        "layer_l1": "robustkit.compress.prune:LayerL1",
+        "random": "robustkit.compress.prune:RandomWeights",
+        "channel_l2": "robustkit.compress.channels:ChannelL2",
+    },
+    "attack": {
+        "noise": "robustkit.attacks.noise:Noise",
+        "fgsm": "robustkit.attacks.gradient:Fgsm",
+        "pgd": "robustkit.attacks.gradient:Pgd",
+    },
+    "optimizer": {
+        "sgd": "robustkit.train.optim:Sgd",
+        "adam": "robustkit.train.optim:Adam",
+        "adamw": "robustkit.train.optim:AdamW",
+    },
+    "schedule": {
+        "one_cycle": "robustkit.train.optim:OneCycle",
+        "cosine": "robustkit.train.optim:Cosine",
+        "step": "robustkit.train.optim:StepDecay",
+        "constant": "robustkit.train.optim:Constant",
+    },
+    "augmentation": {
+        "crop": "robustkit.data.augment:Crop",
+        "flip": "robustkit.data.augment:Flip",
+        "cutout": "robustkit.data.augment:Cutout",
+    },
+}
+
+ENTRY_POINTS: dict[Kind, str] = {
+    "data": "robustkit.data",
+    "model": "robustkit.models",
+    "defense": "robustkit.defenses",
+    "compressor": "robustkit.compressors",
+    "attack": "robustkit.attacks",
+}
+TORCHATTACKS = "torchattacks."
+TORCHVISION = "torchvision."
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plugin that was found: its target is `module:attribute`, or `file.py:attribute` with `file` set."""
+
+    kind: Kind
+    name: str
+    target: str
+    origin: str
+    file: Path | None = None
+
+    @property
+    def attribute(self) -> str:
+        """The class or function inside the module."""
+        return self.target.rpartition(":")[2]
+
+
+@dataclass
+class Registered:
+    """Plugins that this process registered from Python."""
+
+    objects: dict[tuple[Kind, str], Callable[..., Any]] = field(default_factory=dict)
+
+
+_registered = Registered()
+
+
+def register(kind: Kind, name: str | None = None) -> Callable[[Made], Made]:
+    """Register a class or function as a plugin of this process: `@robustkit.register("defense")`.
+
+    Raises:
+        UsageError: unknown kind, or the name belongs to a built-in plugin.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"unknown kind {kind!r}: one of {', '.join(KINDS)}")
+
+    def decorate(made: Made) -> Made:
+        label = name or _snake(made.__name__)
+        if label in BUILTIN[kind]:
+            raise UsageError(f"{label!r} is a built-in {kind}; choose another name")
+        _registered.objects[kind, label] = made
+        return made
+
+    return decorate
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """Return the plain names of a kind: built-in, from entry points, and registered."""
+    registered = [name for of, name in _registered.objects if of == kind]
+    return tuple(dict.fromkeys([*BUILTIN[kind], *_entry_points(kind), *registered]))
+
+
+def find(kind: Kind, name: str, *, folder: Path | None = None, plugins: Sequence[Path] = ()) -> Entry:
+    """Return where a plugin lives. `folder` is where relative file names start; `plugins` are the recipe's files.
+
+    Raises:
+        UsageError: there is no such plugin; the message names the closest ones.
+    """
+    if name in BUILTIN[kind]:
+        target = BUILTIN[kind][name]
+        return Entry(kind, name, target, "builtin", _module_file(target.partition(":")[0]))
+    if (kind, name) in _registered.objects:
+        made = _registered.objects[kind, name]
+        return Entry(kind, name, f"{made.__module__}:{made.__qualname__}", "registered", _source_of(made))
+    if kind == "attack" and name.startswith(TORCHATTACKS):
+        return _library(kind, name, TORCHATTACKS, torchattacks_files())
+    if kind == "model" and name.startswith(TORCHVISION):
+        return _library(kind, name, TORCHVISION, torchvision_files())
+    for path in plugins:
+        absolute = _absolute(path, folder)
+        if read_summary(absolute, name) is not None:
+            return Entry(kind, name, f"{absolute}:{name}", f"file {path}", absolute)
+    points = _entry_points(kind)
+    if name in points:
+        return Entry(kind, name, points[name], "entry point", _module_file(points[name].partition(":")[0]))
+    if ":" in name:
+        return _dotted(kind, name, folder)
+    hint = did_you_mean(name, names(kind)) or f"`robustkit list {kind}` shows them all"
+    raise UsageError(f"unknown {kind} {name!r}; {hint}")
+
+
+def _library(kind: Kind, name: str, prefix: str, files: Mapping[str, Path]) -> Entry:
+    attribute = name.removeprefix(prefix)
+    if attribute not in files:
+        hint = did_you_mean(attribute, files)
+        raise UsageError(f"unknown {kind} {name!r}" + (f"; {hint}" if hint else ""))
+    return Entry(kind, name, f"{prefix.rstrip('.')}:{attribute}", prefix.rstrip("."), files[attribute])
+
+
+def _dotted(kind: Kind, name: str, folder: Path | None) -> Entry:
+    where, _, attribute = name.rpartition(":")
+    if where.endswith(".py"):
+        file: Path | None = _absolute(Path(where), folder)
+        target, origin = f"{file}:{attribute}", f"file {where}"
+    else:
+        file, target, origin = _module_file(where), name, f"module {where}"
+    if file is None or not file.is_file():
+        raise UsageError(f"{kind} {name!r}: there is no file or module {where!r}")
+    if read_summary(file, attribute) is None:
+        raise UsageError(f"{kind} {name!r}: {file} defines no {attribute!r}")
+    return Entry(kind, name, target, origin, file)
+
+
+def runs_user_code(entry: Entry) -> bool:
+    """Say whether making this plugin runs code from outside robustkit, torchattacks, torchvision and torch."""
+    return entry.origin.startswith(("file", "module")) and not entry.target.startswith("torch.nn.utils.prune:")
+
+
+def source_hash(entry: Entry) -> str:
+    """Return what stands for the plugin's source in a step's key: a version, or the sha256 of a user's file."""
+    if entry.origin == "builtin":
+        return f"robustkit {__version__}"
+    if entry.origin in ("torchattacks", "torchvision"):
+        return f"{entry.origin} {importlib.metadata.version(entry.origin)}"
+    if entry.file is None:
+        return entry.target
+    try:
+        return hashlib.sha256(entry.file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{entry.file}: cannot be read: {error.strerror}") from error
+
+
+def summary(entry: Entry) -> str:
+    """Return the first line of the plugin's docstring, read from its source."""
+    return (read_summary(entry.file, entry.attribute) or "") if entry.file else ""
+
+
+def parameters(entry: Entry) -> tuple[Parameter, ...]:
+    """Return the plugin's parameters, read from its source without running it."""
+    if entry.origin == "registered":
+        return parameters_of_object(_registered.objects[entry.kind, entry.name])
+    if entry.file is None:
+        return ()
+    return read_parameters(entry.file, entry.attribute, untyped=entry.origin != "builtin")
+
+
+def check_parameters(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the parameters as the plugin takes them, and for each mistake its parameter and what is wrong."""
+    return check_values(parameters(entry), given, open_ended=entry.origin == "torchvision")
+
+
+def load(entry: Entry) -> Any:  # noqa: ANN401
+    """Import and return the class or function of a plugin.
+
+    Raises:
+        UsageError: its module cannot be imported, or has no such attribute.
+    """
+    if entry.origin == "registered":
+        return _registered.objects[entry.kind, entry.name]
+    where, _, attribute = entry.target.rpartition(":")
+    try:
+        if entry.origin.startswith("file"):
+            assert entry.file is not None
+            module = _import_file(entry.file)
+        elif entry.origin == "torchvision":
+            module = importlib.import_module("torchvision.models")
+        else:
+            module = importlib.import_module(where)
+        return getattr(module, attribute)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UsageError(f"{entry.kind} {entry.name!r} cannot be imported: {error}") from error
+
+
+def create(entry: Entry, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Make the plugin with these parameters."""
+    if entry.origin == "torchattacks":
+        from robustkit.attacks.torchattacks import TorchAttack
+
+        return TorchAttack(entry.attribute, dict(values))
+    return load(entry)(**values)
+
+
+def torchattacks_files() -> dict[str, Path]:
+    """Return the attack classes of the installed torchattacks and the file of each, without importing it."""
+    root = _package_folder("torchattacks")
+    return _classes([*sorted((root / "attacks").glob("*.py")), *sorted((root / "wrappers").glob("*.py"))], "Attack")
+
+
+def torchvision_files() -> dict[str, Path]:
+    """Return the classification models of the installed torchvision and the file of each, without importing it."""
+    folder = _package_folder("torchvision") / "models"
+    return _builders(sorted(folder.glob("*.py")))
+
+
+@cache
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"{name} is not installed")
+    return Path(spec.origin).parent
+
+
+def _classes(files: Iterable[Path], base: str) -> dict[str, Path]:
+    from robustkit.signatures import classes_of
+
+    return {name: file for file in files for name in classes_of(file, base)}
+
+
+def _builders(files: Iterable[Path]) -> dict[str, Path]:
+    from robustkit.signatures import functions_of
+
+    return {name: file for file in files for name in functions_of(file, "register_model")}
+
+
+def _entry_points(kind: Kind) -> dict[str, str]:
+    group = ENTRY_POINTS.get(kind)
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=group)} if group else {}
+
+
+def _module_file(module: str) -> Path | None:
+    """Find a module's file without importing it or its parents."""
+    head, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(head)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin else None
+    for location in spec.submodule_search_locations or ():
+        base = Path(location, *rest)
+        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def _source_of(made: Callable[..., Any]) -> Path | None:
+    module = sys.modules.get(made.__module__)
+    file = getattr(module, "__file__", None)
+    return Path(file) if file else None
+
+
+def _absolute(path: Path, folder: Path | None) -> Path:
+    path = path.expanduser()
+    return path if path.is_absolute() else (folder or Path.cwd()) / path
+
+
+def _import_file(path: Path) -> Any:  # noqa: ANN401
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = f"robustkit_user_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

@@ -1,0 +1,65 @@
+"""Constrained parameter types that plugins annotate their parameters with, and numbers as recipes write them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+_PLAIN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_NUMBER = re.compile(rf"({_PLAIN})(?:\s*/\s*({_PLAIN}))?\s*(%)?")
+
+
+def parse_number(text: str) -> float | None:
+    """Return the number that `8/255`, `80%` or `1e-3` stands for; None for anything else."""
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None:
+        return None
+    above, below, percent = match.groups()
+    divisor = float(below) if below else 1.0
+    if divisor == 0:
+        return None
+    return float(above) / divisor / (100 if percent else 1)
+
+
+def _to_number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not yes or no")
+    if isinstance(value, str):
+        number = parse_number(value)
+        if number is None:
+            raise ValueError(f"{value!r} is not a number; write it as 0.1, 8/255, 80% or 1e-3")
+        return number
+    return value
+
+
+def _to_integer(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a whole number is needed, not yes or no")
+    return value
+
+
+def _fraction_hint(value: object) -> object:
+    number = _to_number(value)
+    if isinstance(number, int | float) and 1 < number <= 100:
+        raise ValueError(f"a share in [0, 1] is needed; did you mean {number:g}% or {number / 100:g}?")
+    return number
+
+
+def _eps_hint(value: object) -> object:
+    number = _to_number(value)
+    if isinstance(number, int | float) and number > 1 and float(number).is_integer():
+        raise ValueError(f"eps is in [0, 1] pixel units; did you mean {number:g}/255?")
+    return number
+
+
+Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
+Integer = Annotated[int, BeforeValidator(_to_integer), Field(strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_fraction_hint)]
+Eps = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_eps_hint)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_to_number)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_to_number)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True), BeforeValidator(_to_integer)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_to_integer)]
+PathStr = Annotated[str, Field(min_length=1)]

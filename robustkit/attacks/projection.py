@@ -22,5 +22,5 @@ def project_(delta: Tensor, threat: Threat) -> Tensor:
 
 def l2_norm(x: Tensor) -> Tensor:
     """Return the L2 norm of each example of x (N, ...), shaped (N, 1, ..., 1) and never below 1e-12."""
-    norm = x.flatten(1).norm(dim=1).clamp_min(1e-12)
+    norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1e-12)
     return norm.view(-1, *[1] * (x.dim() - 1))

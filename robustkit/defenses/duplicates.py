@@ -1,0 +1,109 @@
+"""Exact and near duplicates among images, found in blocks of tensor operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_BLOCK = 2048
+_PAIRS = 1 << 16
+NONE = -1
+
+
+def exact_matches(images: Tensor, among: Tensor | None = None) -> Tensor:
+    """Return for each uint8 image (N, C, H, W) the position (N,) of a byte-identical one, or -1.
+
+    Without `among` that is the first earlier image; with it, the first identical image of `among` (M, C, H, W).
+    Images are hashed a block at a time, and equal hashes are confirmed byte by byte.
+    """
+    reference = images if among is None else among
+    if len(images) == 0 or len(reference) == 0:
+        return torch.full((len(images),), NONE, dtype=torch.int64, device=images.device)
+    keys, order = torch.sort(_hashes(reference), stable=True)
+    wanted = _hashes(images)
+    # A stable sort puts the first of the equal ones at the left end of its run.
+    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    candidate = order[place]
+    found = keys[place] == wanted
+    if among is None:
+        found &= candidate < torch.arange(len(images), device=images.device)
+    rows = found.nonzero().squeeze(1)
+    for chunk in torch.split(rows, _PAIRS):
+        same = (images[chunk] == reference[candidate[chunk]]).flatten(1).all(1)
+        found[chunk] = same
+    return torch.where(found, candidate, torch.full_like(candidate, NONE))
+
+
+def _hashes(images: Tensor) -> Tensor:
+    flat = images.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (flat.shape[1],), generator=generator).to(flat.device)
+    # Sums wrap around modulo 2**64, which is what a linear hash needs.
+    return torch.cat([(block.to(torch.int64) * factors).sum(1) for block in torch.split(flat, _BLOCK)])
+
+
+def signatures(images: Tensor, *, side: int = 16) -> Tensor:
+    """Return one unit vector (N, D) for each uint8 image (N, C, H, W): shrunk to at most side x side, mean taken off.
+
+    The cosine of two signatures is the correlation of the shrunk images, so brightness and contrast do not count.
+    An image of one flat colour has the zero vector, which resembles nothing.
+    """
+    height, width = min(side, images.shape[2]), min(side, images.shape[3])
+    parts = []
+    for block in torch.split(images, _BLOCK):
+        small = F.interpolate(block.to(torch.float32), (height, width), mode="area")
+        flat = small.flatten(1)
+        parts.append(F.normalize(flat - flat.mean(1, keepdim=True), dim=1, eps=1e-3))
+    return torch.cat(parts) if parts else images.new_zeros((0, 1), dtype=torch.float32)
+
+
+def near_matches(signature: Tensor, similarity: float, among: Tensor | None = None) -> Tensor:
+    """Return for each signature (N, D) the position (N,) of the most similar one at or above `similarity`, or -1.
+
+    Without `among` only earlier signatures count; with it, those of `among` (M, D).
+    """
+    reference = signature if among is None else among
+    found = torch.full((len(signature),), NONE, dtype=torch.int64, device=signature.device)
+    for start in range(0, len(signature), _BLOCK):
+        stop = min(start + _BLOCK, len(signature))
+        earlier = reference if among is not None else reference[:stop]
+        if len(earlier) == 0:
+            continue
+        cosine = signature[start:stop] @ earlier.T
+        if among is None:
+            rows = torch.arange(start, stop, device=signature.device)
+            columns = torch.arange(stop, device=signature.device)
+            cosine.masked_fill_(columns[None, :] >= rows[:, None], -2.0)
+        best, position = cosine.max(1)
+        found[start:stop] = torch.where(best >= similarity, position, found[start:stop])
+    return found
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What was found: `of` (N,), the position of the image that each one repeats, or -1; `exact` (N,) bool."""
+
+    of: Tensor
+    exact: Tensor
+
+    @property
+    def repeated(self) -> Tensor:
+        """Bool (N,): the image repeats another one."""
+        return self.of >= 0
+
+
+def find_duplicates(images: Tensor, *, similarity: float | None, among: Tensor | None = None) -> Duplicates:
+    """Find images (N, C, H, W, uint8) that repeat an earlier one, or one of `among`.
+
+    similarity: correlation from which two images count as the same, or None for byte-identical ones alone.
+    The first image of a group of duplicates never counts as a repetition.
+    """
+    exact = exact_matches(images, among)
+    if similarity is None:
+        return Duplicates(exact, exact >= 0)
+    reference = None if among is None else signatures(among)
+    near = near_matches(signatures(images), similarity, reference)
+    return Duplicates(torch.where(exact >= 0, exact, near), exact >= 0)

@@ -1,0 +1,140 @@
+"""Data sampling: which training examples are used, and how often. Against poisoned and noisy data, not against Linf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustkit.data.split import Split
+from robustkit.defenses.duplicates import Duplicates, find_duplicates
+from robustkit.defenses.neighbours import inconsistent, nearest, spare_emptied_classes, votes
+from robustkit.errors import UsageError
+from robustkit.params import Fraction, PositiveInt
+from robustkit.train.hooks import DataContext, Defense
+
+
+def inverse_frequency(labels: Tensor, strength: float = 1.0) -> Tensor:
+    """Return sampling weights (N,) for labels (N,): count(class) ** -strength, scaled to a mean of 1.
+
+    With strength 1 every class is drawn equally often; with 0 the data is drawn as it is.
+    """
+    counts = torch.bincount(labels).to(torch.float64)
+    weights = counts.clamp_min(1).pow(-strength)[labels]
+    return weights / weights.mean()
+
+
+@dataclass(frozen=True)
+class BalancedSampling(Defense):
+    """Draw every class equally often, whatever its share of the training data.
+
+    strength in [0, 1]: 1 balances fully, 0 not at all.
+    """
+
+    strength: Fraction = 1.0
+
+    def sample_weights(self, labels: Tensor, context: DataContext) -> Tensor:
+        """Return the weight of each example (N,)."""
+        weights = inverse_frequency(labels, self.strength)
+        counts = torch.bincount(labels)
+        counts = counts[counts > 0]
+        context.log(
+            "balanced_sampling",
+            {"classes": len(counts), "smallest": int(counts.min()), "largest": int(counts.max())},
+        )
+        return weights
+
+
+@dataclass(frozen=True)
+class Deduplicate(Defense):
+    """Remove repeated training images, exact and near ones, and report training images that the test split holds too.
+
+    near: also remove images whose correlation with an earlier one is at least `similarity` (shrunk to 16 x 16).
+    """
+
+    near: bool = True
+    similarity: Fraction = 0.995
+
+    def prepare_data(self, data: Split, context: DataContext) -> Split:
+        """Return the split without repetitions; the first image of each group stays."""
+        found = find_duplicates(data.images, similarity=self._similarity)
+        repeated, exact = found.repeated, found.exact
+        conflicts = repeated & (data.labels != data.labels[found.of.clamp_min(0)])
+        context.log(
+            "deduplicate: repeated training images removed",
+            {
+                "removed": int(repeated.sum()),
+                "of": len(data),
+                "exact": int(exact.sum()),
+                "near": int((repeated & ~exact).sum()),
+                "different_label": int(conflicts.sum()),
+                "ids": data.index[repeated].tolist(),
+            },
+        )
+        if context.test is not None:
+            self._report_leaks(data, context.test, context)
+        return data.select(~repeated)
+
+    @property
+    def _similarity(self) -> float | None:
+        return self.similarity if self.near else None
+
+    def _report_leaks(self, data: Split, test: Split, context: DataContext) -> None:
+        leaks: Duplicates = find_duplicates(
+            test.images.to(data.images.device), similarity=self._similarity, among=data.images
+        )
+        leaked = leaks.repeated
+        context.log(
+            "deduplicate: test images that are also in the training data (kept, only reported)",
+            {
+                "leaks": int(leaked.sum()),
+                "of": len(test),
+                "exact": int(leaks.exact.sum()),
+                "test_ids": test.index.to(leaked.device)[leaked].tolist(),
+                "ids": data.index[leaks.of[leaked]].tolist(),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class KnnFilter(Defense):
+    """Remove training images whose label the k nearest neighbours contradict (deep k-NN, Peri et al. 2019).
+
+    An image goes when another label has more votes than its own and at least the share `agreement` of all k.
+    features: `probe` compares features of a quickly trained model, `pixels` the images themselves.
+    A class that would be emptied is left as it is.
+    """
+
+    k: PositiveInt = 10
+    agreement: Fraction = 0.5
+    features: Literal["probe", "pixels"] = "probe"
+
+    def prepare_data(self, data: Split, context: DataContext) -> Split:
+        """Return the split without the images that the neighbours contradict."""
+        if len(data) <= self.k:
+            raise UsageError(f"knn_filter: k is {self.k}, and there are only {len(data)} training images")
+        features = context.features(data) if self.features == "probe" else pixel_features(data)
+        labels = data.labels.to(features.device)
+        classes = int(labels.max()) + 1
+        counts = votes(labels, nearest(features, self.k), classes)
+        removed = inconsistent(labels, counts, self.agreement)
+        removed, spared = spare_emptied_classes(labels, removed, classes)
+        removed = removed.to(data.labels.device)
+        context.log(
+            "knn_filter: images with contradicted labels removed",
+            {
+                "removed": int(removed.sum()),
+                "of": len(data),
+                "spared_classes": spared.tolist(),
+                "ids": data.index[removed].tolist(),
+            },
+        )
+        return data.select(~removed)
+
+
+def pixel_features(data: Split) -> Tensor:
+    """Return the images as rows (N, D), each with its mean taken off."""
+    flat = data.images.flatten(1).to(torch.float32)
+    return flat - flat.mean(1, keepdim=True)

@@ -48,13 +48,15 @@ class AttackError(RobustkitError):
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in a recipe. Line and column count from 1; `text` is the whole line, `width` the caret's length."""
+    """A place in a recipe. Line and column count from 1; `text` is the line, or the part of a long line around it,
+    with the place at `offset` (from 0), and `width` is the caret's length."""
 
     file: str
     line: int
     column: int
     text: str = ""
     width: int = 1
+    offset: int = 0
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}"
@@ -72,7 +74,7 @@ class Problem:
         head = f"{self.mark}: {self.message}" if self.mark else self.message
         lines = [head]
         if self.mark and self.mark.text:
-            caret = " " * (self.mark.column - 1) + "^" * max(1, self.mark.width)
+            caret = " " * self.mark.offset + "^" * max(1, self.mark.width)
             lines += [f"    {self.mark.text}", f"    {caret}"]
         if self.hint:
             lines.append(f"    {self.hint}")

@@ -6,7 +6,7 @@ import ast
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,12 +79,17 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:  # noqa: ANN401
 
 def explain(error: ValidationError) -> str:
     """Return what is wrong in one line, for a person."""
+    return explain_details([(one["msg"], one.get("input")) for one in error.errors()])
+
+
+def explain_details(details: Sequence[tuple[str, object]]) -> str:
+    """Return pydantic's (message, input) pairs as one line, for a person."""
     messages = []
-    for one in error.errors():
-        text = one["msg"].removeprefix("Value error, ")
+    for message, _ in details:
+        text = message.removeprefix("Value error, ")
         if text not in messages:
             messages.append(text[:1].lower() + text[1:])
-    shown = error.errors()[0].get("input")
+    shown = details[0][1]
     got = "" if "'" in messages[0] or isinstance(shown, dict) else f", not {shown!r}"
     return " or ".join(messages) + got
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Norm = Literal["linf", "l2", "l1"]
+EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective")
+"""Hooks of a defense that only one defense of a variant may own."""
 
 
 class Spec(BaseModel):

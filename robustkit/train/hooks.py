@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
+from robustkit.recipe.spec import EXCLUSIVE_HOOKS
 
 if TYPE_CHECKING:
     from robustkit.data.split import Split
-
-EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective")
 
 
 class Decision(Enum):

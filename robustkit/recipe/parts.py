@@ -1,0 +1,67 @@
+"""The parts of a recipe that stand both at its top and in a variant: threat and training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from robustkit.params import Fraction, NonNegativeFloat, PositiveInt
+from robustkit.recipe.document import PathTuple
+from robustkit.recipe.reader import Reader
+from robustkit.recipe.spec import Norm, ThreatSpec
+
+
+class Plain(BaseModel):
+    """Base of the parts of a recipe that hold plain values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ThreatInput(Plain):
+    """`threat:`"""
+
+    norm: Norm = "linf"
+    eps: NonNegativeFloat = 8 / 255
+
+
+class TrainInput(Plain):
+    """`train:` without its plugins."""
+
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    validation: Annotated[Fraction, Field(gt=0, lt=1)] | None = None
+    select: Literal["auto", "clean", "robust", "last"] | None = None
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    compile: bool | None = None
+    memory_limit: PositiveInt | None = None
+    guards: bool | None = None
+
+
+def read_threat(reader: Reader, path: PathTuple, value: object) -> ThreatSpec | None:
+    """Return a threat, or None after noting what is wrong."""
+    given = reader.mapping(path, value, ("norm", "eps"))
+    found = reader.model(ThreatInput, path, given)
+    if found is None:
+        return None
+    if found.norm == "linf" and found.eps > 1:
+        hint = f"did you mean {found.eps:g}/255?"
+        reader.problem((*path, "eps"), f"eps is in [0, 1] pixel units, not {found.eps:g}", hint)
+        return None
+    return ThreatSpec(norm=found.norm, eps=found.eps)
+
+
+def read_train(reader: Reader, path: PathTuple, value: object) -> dict[str, Any]:
+    """Return the fields of a TrainSpec that `train:` sets."""
+    plugins = ("optimizer", "schedule", "augment")
+    given = reader.mapping(path, value, (*TrainInput.model_fields, *plugins))
+    plain = reader.model(TrainInput, path, {key: item for key, item in given.items() if key not in plugins})
+    found = plain.model_dump(exclude_none=True) if plain else {}
+    for kind in ("optimizer", "schedule"):
+        if given.get(kind) is not None:
+            use = reader.use(kind, (*path, kind), given[kind])
+            if use is not None:
+                found[kind] = use
+    if "augment" in given:
+        found["augment"] = reader.uses("augmentation", (*path, "augment"), given["augment"])
+    return found

@@ -1,0 +1,201 @@
+"""From a recipe file to a Recipe: every mistake found at once, each with its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from robustkit import registry
+from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
+from robustkit.params import Eps, NonNegativeFloat, PositiveInt
+from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
+from robustkit.recipe.gates import ACCURACIES, SIZES, parse_gate
+from robustkit.recipe.parts import Plain, read_threat, read_train
+from robustkit.recipe.reader import Reader
+from robustkit.recipe.spec import EvaluateSpec, GateSpec, Recipe, ThreatSpec, TrainSpec, Use
+from robustkit.recipe.variants import read_variants
+
+TOP = (
+    "name",
+    "seed",
+    "device",
+    "data",
+    "model",
+    "threat",
+    "train",
+    "variants",
+    "evaluate",
+    "gates",
+    "plugins",
+)
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
+DEFAULT_ATTACKS: tuple[Any, ...] = ("noise", "fgsm", {"pgd": {"steps": 20, "restarts": 2}})
+
+
+class EvaluateInput(Plain):
+    """`evaluate:` without its attacks."""
+
+    examples: PositiveInt | None = None
+    batch_size: PositiveInt = 256
+    eps_curve: tuple[Eps | NonNegativeFloat, ...] = ()
+    latency: bool = True
+    gallery: Annotated[int, Field(ge=0, le=64, strict=True)] = 8
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        RecipeError: with every problem found, each with file, line and column.
+    """
+    path = Path(path)
+    return _recipe(read_document(path), path, path.parent, overrides)
+
+
+def parse_recipe(
+    text: str, *, file: str = "recipe.yaml", folder: Path | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Check the text of a recipe; relative paths in it start from `folder`.
+
+    Raises:
+        RecipeError: with every problem found, each with line and column.
+    """
+    path = (folder / file) if folder else None
+    return _recipe(parse_document(text, file), path, folder, overrides)
+
+
+def _recipe(document: Document, path: Path | None, folder: Path | None, overrides: Sequence[str]) -> Recipe:
+    if not isinstance(document.data, dict):
+        kind = "a list" if isinstance(document.data, list) else "a single value"
+        raise RecipeError([Problem(f"a recipe is a mapping of keys, not {kind}", document.mark(()))])
+    problems = apply_overrides(document, overrides)
+    reader = Reader(document, folder)
+    top = reader.mapping((), document.data, TOP)
+    reader.plugins = _plugins(reader, top.get("plugins"))
+    threat = read_threat(reader, ("threat",), top.get("threat")) or ThreatSpec()
+    data = _required(reader, "data", top)
+    model = _required(reader, "model", top)
+    train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))
+    variants = read_variants(reader, top.get("variants"), "variants" in top, model, threat, train)
+    evaluate = _evaluate(reader, top.get("evaluate"), threat)
+    gates = _gates(reader, top.get("gates"), evaluate)
+    name = _name(reader, top.get("name"), path)
+    seeds = _seeds(reader, top.get("seed", 0))
+    device = _device(reader, top.get("device", "auto"))
+    if problems or reader.problems or data is None:
+        raise RecipeError(sorted([*problems, *reader.problems], key=_place))
+    return Recipe(
+        name=name,
+        path=path,
+        seeds=seeds,
+        device=device,
+        data=data,
+        threat=threat,
+        variants=variants,
+        evaluate=evaluate,
+        gates=gates,
+        plugins=reader.plugins,
+    )
+
+
+def _place(problem: Problem) -> tuple[int, int]:
+    return (problem.mark.line, problem.mark.column) if problem.mark else (0, 0)
+
+
+def _required(reader: Reader, kind: registry.Kind, top: dict[str, Any]) -> Use | None:
+    if kind not in top or top[kind] is None:
+        example = {"data": "data: digits", "model": "model: small_cnn"}[kind]
+        reader.problem((kind,), f"`{kind}` is missing", f"e.g. {example}")
+        return None
+    return reader.use(kind, (kind,), top[kind])
+
+
+def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec:
+    given = reader.mapping(("evaluate",), value, (*EvaluateInput.model_fields, "attacks"))
+    plain = reader.model(EvaluateInput, ("evaluate",), {key: item for key, item in given.items() if key != "attacks"})
+    attacks = reader.uses("attack", ("evaluate", "attacks"), given.get("attacks", list(DEFAULT_ATTACKS)))
+    for number, use in enumerate(attacks):
+        if use.label in (*ACCURACIES, *SIZES) or not SAFE_NAME.fullmatch(use.label.replace("torchattacks:", "")):
+            reader.problem(("evaluate", "attacks", number), f"{use.label!r} cannot be an attack's label")
+    if plain is None:
+        return EvaluateSpec(attacks=attacks)
+    if threat.norm == "linf" and any(eps > 1 for eps in plain.eps_curve):
+        reader.problem(("evaluate", "eps_curve"), "eps is in [0, 1] pixel units", "write 8 as 8/255")
+    return EvaluateSpec(attacks=attacks, **plain.model_dump())
+
+
+def _gates(reader: Reader, value: object, evaluate: EvaluateSpec) -> tuple[GateSpec, ...]:
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    metrics = (*ACCURACIES, *SIZES, *(use.label for use in evaluate.attacks))
+    found = []
+    for number, item in enumerate(items):
+        path: tuple[str | int, ...] = ("gates", number) if isinstance(value, list) else ("gates",)
+        confident = False
+        if isinstance(item, dict):
+            given = reader.mapping(path, item, ("gate", "confident"))
+            item, confident = given.get("gate"), bool(given.get("confident", False))
+        if not isinstance(item, str):
+            reader.problem(path, "a gate is a text such as `clean(baseline) >= 85%`")
+            continue
+        try:
+            gate = parse_gate(item, confident)
+        except UsageError as error:
+            reader.problem(path, str(error))
+            continue
+        for metric, variant in gate.references():
+            if metric not in metrics:
+                hint = did_you_mean(metric, metrics) or f"known: {', '.join(metrics)}"
+                reader.problem(path, f"the gate names an unknown metric {metric!r}", hint)
+            if reader.labels and variant not in reader.labels:
+                hint = did_you_mean(variant, reader.labels) or f"variants: {', '.join(reader.labels)}"
+                reader.problem(path, f"the gate names an unknown variant {variant!r}", hint)
+        found.append(GateSpec(text=item, confident=confident))
+    return tuple(found)
+
+
+def _plugins(reader: Reader, value: object) -> tuple[Path, ...]:
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    found = []
+    for number, item in enumerate(items):
+        path: tuple[str | int, ...] = ("plugins", number) if isinstance(value, list) else ("plugins",)
+        if not isinstance(item, str):
+            reader.problem(path, "a plugin is the path of a Python file")
+            continue
+        file = (reader.folder or Path.cwd()) / Path(item).expanduser()
+        if not file.is_file():
+            reader.problem(path, f"{file}: there is no such file")
+            continue
+        found.append(Path(item))
+    return tuple(found)
+
+
+def _name(reader: Reader, value: object, path: Path | None) -> str:
+    if value is None:
+        stem = path.stem if path else "run"
+        return re.sub(r"[^A-Za-z0-9._+-]", "-", stem).lstrip("._+-")[:80] or "run"
+    if not isinstance(value, str) or not SAFE_NAME.fullmatch(value):
+        reader.problem(("name",), f"{value!r} cannot be a name", "letters, digits, . _ + - and at most 80 of them")
+        return "run"
+    return value
+
+
+def _seeds(reader: Reader, value: object) -> tuple[int, ...]:
+    items = value if isinstance(value, list) else [value]
+    good = bool(items) and all(type(item) is int and 0 <= item < 2**63 for item in items)
+    if not good or len(set(map(str, items))) != len(items):
+        reader.problem(
+            ("seed",), "a seed is a whole number from 0, or a list of different ones", "e.g. seed: [0, 1, 2]"
+        )
+        return (0,)
+    return tuple(items)
+
+
+def _device(reader: Reader, value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        return value
+    reader.problem(("device",), f"{value!r} is no device", "auto, cpu, cuda or cuda:0")
+    return "auto"

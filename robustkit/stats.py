@@ -1,0 +1,72 @@
+"""Intervals and paired tests for accuracies. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkit.results import Paired, Rate
+
+CONFIDENCE = 0.95
+Z = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
+
+
+def clopper_pearson(correct: int, n: int, confidence: float = CONFIDENCE) -> Rate:
+    """Return correct/n with its exact binomial interval (Clopper & Pearson, Biometrika 1934).
+
+    With n = 0 nothing is known: the value is 0 and the interval [0, 1].
+    """
+    from scipy.special import betaincinv
+
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} of {n} cannot be right")
+    if n == 0:
+        return Rate(value=0.0, low=0.0, high=1.0, n=0)
+    tail = (1 - confidence) / 2
+    low = float(betaincinv(correct, n - correct + 1, tail)) if correct else 0.0
+    high = float(betaincinv(correct + 1, n - correct, 1 - tail)) if correct < n else 1.0
+    return Rate(value=correct / n, low=low, high=high, n=n)
+
+
+def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Paired:
+    """Return the difference in accuracy, after minus before, on the same examples (N,).
+
+    The interval is d +- z sqrt(b + c - (b - c)^2 / n) / n with b lost and c gained examples, widened so that it is
+    never empty; p is the exact McNemar test (McNemar, Psychometrika 1947; the binomial form).
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"paired accuracies need the same examples, got {before.shape} and {after.shape}")
+    n = int(before.size)
+    lost = int(np.count_nonzero(before & ~after))
+    gained = int(np.count_nonzero(~before & after))
+    if n == 0:
+        return Paired(difference=0.0, low=-1.0, high=1.0, p=1.0, lost=0, gained=0)
+    difference = (gained - lost) / n
+    # With no discordant pair the formula gives an interval of width 0; the rule of three bounds what was not seen.
+    spread = Z * math.sqrt(lost + gained - (gained - lost) ** 2 / n) / n if lost + gained else 3.0 / n
+    return Paired(
+        difference=difference,
+        low=max(-1.0, difference - spread),
+        high=min(1.0, difference + spread),
+        p=mcnemar(lost, gained),
+        lost=lost,
+        gained=gained,
+    )
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return the two-sided exact p-value for `lost` against `gained` discordant pairs."""
+    from scipy.special import bdtr
+
+    trials = lost + gained
+    return min(1.0, 2 * float(bdtr(min(lost, gained), trials, 0.5))) if trials else 1.0
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean over seeds and the sample standard deviation (0 for a single seed)."""
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,87 @@
+"""Augmentation on whole batches, on the device, by a generator of the caller's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from robustkit.params import PositiveInt
+
+
+class Augmentation(Protocol):
+    """Changes a batch of images (N, C, H, W), float in [0, 1]; labels stay."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the changed batch, same shape."""
+        ...
+
+
+def random_crop(images: Tensor, padding: int, mode: str, generator: torch.Generator) -> Tensor:
+    """Return each image shifted by up to `padding` pixels each way, the border filled by reflection or with zeros."""
+    count, _, height, width = images.shape
+    padded = functional.pad(images, (padding,) * 4, mode=mode)
+    span = 2 * padding + 1
+    device = images.device
+    top = torch.randint(span, (count, 1), generator=generator, device=device)
+    left = torch.randint(span, (count, 1), generator=generator, device=device)
+    rows = top + torch.arange(height, device=device)
+    columns = left + torch.arange(width, device=device)
+    index = torch.arange(count, device=device)[:, None, None]
+    shifted = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
+    return shifted.permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each image mirrored left to right with probability one half."""
+    draw = torch.rand(images.shape[0], generator=generator, device=images.device) < 0.5
+    return torch.where(draw[:, None, None, None], images.flip(3), images)
+
+
+def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Return each image with a square of `size` pixels around a random centre set to zero (DeVries & Taylor 2017)."""
+    count, _, height, width = images.shape
+    device = images.device
+    row = torch.randint(height, (count, 1), generator=generator, device=device)
+    column = torch.randint(width, (count, 1), generator=generator, device=device)
+    low, high = size // 2, size - size // 2
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    inside_rows = (rows >= row - low) & (rows < row + high)
+    inside_columns = (columns >= column - low) & (columns < column + high)
+    hole = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return images.masked_fill(hole, 0.0)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Random crop of the padded image: shifts by up to `padding` pixels."""
+
+    padding: PositiveInt = 4
+    mode: Literal["reflect", "constant"] = "reflect"
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the shifted batch."""
+        return random_crop(images, self.padding, self.mode, generator)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror left to right with probability one half."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the batch with half of it mirrored."""
+        return random_flip(images, generator)
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """Set a random square to zero (DeVries & Taylor 2017, arXiv 1708.04552)."""
+
+    size: PositiveInt = 8
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the batch with a hole in each image."""
+        return cutout(images, self.size, generator)

@@ -1,0 +1,33 @@
+"""The key of a recipe's data. Imports no torch and decodes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import cast
+
+from robustkit import registry
+from robustkit.data.arrays import Source
+from robustkit.recipe.spec import Use
+
+
+def source_of(use: Use, folder: Path | None = None) -> Source:
+    """Make the source that a recipe names; a relative `root` or `path` starts from the recipe's folder."""
+    values = dict(use.parameters)
+    for name in ("root", "path"):
+        given = values.get(name)
+        if isinstance(given, str) and folder is not None:
+            values[name] = os.fspath(folder / Path(given).expanduser())
+    return cast(Source, registry.create(registry.find("data", use.name, folder=folder), values))
+
+
+def fingerprint(use: Use, *, cache: Path | None = None, folder: Path | None = None) -> str:
+    """Return a key of the data: equal content, size and limit give equal keys, wherever the files lie.
+
+    Raises:
+        DataError: a file or folder is missing.
+    """
+    source = source_of(use, folder)
+    text = f"{source.fingerprint()}|size={source.size}|limit={source.limit}"
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -1,0 +1,84 @@
+"""From a source to a data set: resized, limited, with a validation split cut from the training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from robustkit.data.arrays import Arrays, checked, limited, resized, stratified
+from robustkit.data.cache import cached
+from robustkit.data.fingerprint import fingerprint, source_of
+from robustkit.data.split import Dataset, Split, split_of
+from robustkit.recipe.spec import Use
+
+VALIDATION_SEED = 20_260_101
+LIMIT_SEED = 20_260_102
+CHUNK = 4096
+
+
+def load_dataset(
+    use: Use, *, validation: float = 0.1, cache: Path | None = None, folder: Path | None = None
+) -> Dataset:
+    """Return the data of a recipe as uint8 tensors on the CPU.
+
+    `validation` is the share of each training class that is cut off for choosing checkpoints; the cut does not depend
+    on the run's seed. Decoded data are cached under `cache` (default: ROBUSTKIT_CACHE or the user's cache folder).
+
+    Raises:
+        DataError: a file is missing or broken; the message names it.
+    """
+    key = fingerprint(use, folder=folder)
+    source = source_of(use, folder)
+
+    def read() -> Arrays:
+        arrays = checked(source.read(), f"data {use.name}")
+        return _prepared(arrays, source.size, source.limit)
+
+    arrays = cached(key, read, cache)
+    kept, cut = stratified(np.asarray(arrays.train_labels), validation, VALIDATION_SEED)
+    train = _split(arrays.train_images, arrays.train_labels, kept)
+    mean, std = channel_statistics(train)
+    return Dataset(
+        train=train,
+        validation=_split(arrays.train_images, arrays.train_labels, cut),
+        test=_split(arrays.test_images, arrays.test_labels, np.arange(len(arrays.test_labels))),
+        classes=arrays.classes,
+        fingerprint=key,
+        mean=mean,
+        std=std,
+    )
+
+
+def _prepared(arrays: Arrays, size: int | None, limit: int | None) -> Arrays:
+    train = limited(arrays.train_labels, limit, LIMIT_SEED)
+    test = limited(arrays.test_labels, limit, LIMIT_SEED)
+    return Arrays(
+        resized(arrays.train_images[train], size),
+        arrays.train_labels[train],
+        resized(arrays.test_images[test], size),
+        arrays.test_labels[test],
+        arrays.classes,
+    )
+
+
+def _split(images: NDArray[np.uint8], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> Split:
+    # Indexing copies out of the memory map into ordinary, writable memory.
+    return split_of(torch.from_numpy(np.array(images[positions])), torch.from_numpy(np.array(labels[positions])))
+
+
+def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel in [0, 1]; a constant channel gets a deviation of 1."""
+    total = torch.zeros(split.shape[0], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for start in range(0, len(split), CHUNK):
+        block = split.images[start : start + CHUNK].to(torch.float32).div_(255)
+        total += block.sum((0, 2, 3))
+        squares += block.square_().sum((0, 2, 3))
+    count = len(split) * split.shape[1] * split.shape[2]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    std = torch.where(std < 1e-6, torch.ones_like(std), std)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,163 @@
+"""Any folder of images, one subfolder a class."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkit.data.arrays import Arrays, Images, subset
+from robustkit.data.content import content_hash, file_hash
+from robustkit.errors import DataError
+from robustkit.params import Fraction, PathStr, PositiveInt
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+MODES = {"gray": "L", "rgb": "RGB"}
+Item = tuple[Path, int]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images: train/<class>/* and test/<class>/*, or <class>/* that is split by content."""
+
+    root: PathStr
+    test: Fraction = 0.2
+    channels: Literal["auto", "gray", "rgb"] = "auto"
+    size: PositiveInt | None = None
+    limit: PositiveInt | None = None
+
+    def read(self) -> Arrays:
+        """Return all images as uint8 (N, C, H, W), decoded in threads; resized while decoding where `size` is given."""
+        classes, train, test = self._listing
+        mode = MODES.get(self.channels) or _mode(train[0][0])
+        images = [self._decode(items, mode) for items in (train, test)]
+        labels = [np.array([label for _, label in items], dtype=np.int64) for items in (train, test)]
+        return Arrays(images[0], labels[0], images[1], labels[1], classes)
+
+    def fingerprint(self) -> str:
+        """Return a key of every file's place below its class and of its content."""
+        _, train, test = self._listing
+        base = Path(self.root).expanduser()
+        files = [path for path, _ in (*train, *test)]
+        start = len(str(base)) + 1
+        names = [f"train/{str(path)[start:]}" for path, _ in train]
+        names += [f"test/{str(path)[start:]}" for path, _ in test]
+        decoding = f"|{self.channels}|{self.size}"
+        return content_hash(files, [name + decoding for name in names])
+
+    @cached_property
+    def _listing(self) -> tuple[tuple[str, ...], list[Item], list[Item]]:
+        base = Path(self.root).expanduser()
+        if not base.is_dir():
+            raise DataError(f"{base}: there is no such folder")
+        if (base / "train").is_dir() and (base / "test").is_dir():
+            classes, train = _items(base / "train")
+            others, test = _items(base / "test")
+            if classes != others:
+                odd = sorted(set(classes) ^ set(others))
+                raise DataError(f"{base}: train/ and test/ have different classes: {subset(odd)}")
+            return classes, train, test
+        classes, items = _items(base)
+        train, test = _split(items, self.test)
+        if not train or not test:
+            raise DataError(f"{base}: {len(items)} images are too few to split")
+        return classes, train, test
+
+    def _decode(self, items: Sequence[Item], mode: str) -> Images:
+        shape = (self.size, self.size) if self.size else _open(items[0][0], mode, None, None).shape[:2]
+        channels = len(mode)
+        out = np.empty((len(items), channels, *shape), dtype=np.uint8)
+        force = self.channels != "auto"
+
+        def fill(position: int) -> None:
+            image = _open(items[position][0], mode, self.size, shape, force=force)
+            out[position] = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+
+        with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1)) as pool:
+            for _ in pool.map(fill, range(len(items))):
+                pass
+        return out
+
+
+def _items(folder: Path) -> tuple[tuple[str, ...], list[Item]]:
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise DataError(f"{folder}: holds no class folders")
+    items: list[Item] = []
+    for label, name in enumerate(classes):
+        files = sorted(
+            Path(where, file)
+            for where, _, names in os.walk(folder / name)
+            for file in names
+            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+        )
+        if not files:
+            raise DataError(f"{folder / name}: holds no images ({', '.join(sorted(EXTENSIONS))})")
+        items += [(path, label) for path in files]
+    return tuple(classes), items
+
+
+def _split(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """Split each class by the hash of its images' content: moving or renaming a file moves no image across."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        hashes = list(pool.map(lambda item: file_hash(item[0]), items))
+    train: list[Item] = []
+    test: list[Item] = []
+    for label in sorted({label for _, label in items}):
+        members = sorted((digest, path) for digest, (path, its) in zip(hashes, items, strict=True) if its == label)
+        # Equal images have equal hashes and stand together, so at most one of their runs is cut in two; move that one.
+        count = round(share * len(members))
+        while 0 < count < len(members) and members[count - 1][0] == members[count][0]:
+            count += 1
+        test += sorted((path, label) for _, path in members[:count])
+        train += sorted((path, label) for _, path in members[count:])
+    return train, test
+
+
+def _mode(path: Path) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return "L" if image.mode in ("1", "L", "I;16") else "RGB"
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path}: not an image, or a broken one: {error}") from error
+
+
+def _open(
+    path: Path, mode: str, size: int | None, shape: tuple[int, ...] | None, *, force: bool = False
+) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                gray = image.mode in ("1", "L", "I;16")
+                if not force and gray != (mode == "L"):
+                    kinds = ("gray", "colour") if gray else ("colour", "gray")
+                    raise DataError(
+                        f"{path}: a {kinds[0]} image among {kinds[1]} ones; set `channels: rgb` or `channels: gray`"
+                    )
+                converted = image if image.mode == mode else image.convert(mode)
+                if size:
+                    converted = converted.resize((size, size), Image.Resampling.BILINEAR)
+                array = np.asarray(converted, dtype=np.uint8)
+    except DataError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path}: not an image, or a broken one: {error}") from error
+    if shape is not None and array.shape[:2] != tuple(shape):
+        raise DataError(
+            f"{path}: {array.shape[1]}x{array.shape[0]} pixels where the first image has {shape[1]}x{shape[0]}; "
+            "set `size` to scale them all"
+        )
+    return array

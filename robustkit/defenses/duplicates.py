@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 _BLOCK = 2048
 _PAIRS = 1 << 16
+_COARSE = 16
+_FINE = 32
 NONE = -1
 
 
@@ -45,7 +47,7 @@ def _hashes(images: Tensor) -> Tensor:
     return torch.cat([(block.to(torch.int64) * factors).sum(1) for block in torch.split(flat, _BLOCK)])
 
 
-def signatures(images: Tensor, *, side: int = 16) -> Tensor:
+def signatures(images: Tensor, *, side: int) -> Tensor:
     """Return one unit vector (N, D) for each uint8 image (N, C, H, W): shrunk to at most side x side, mean taken off.
 
     The cosine of two signatures is the correlation of the shrunk images, so brightness and contrast do not count.
@@ -74,9 +76,8 @@ def near_matches(signature: Tensor, similarity: float, among: Tensor | None = No
             continue
         cosine = signature[start:stop] @ earlier.T
         if among is None:
-            rows = torch.arange(start, stop, device=signature.device)
-            columns = torch.arange(stop, device=signature.device)
-            cosine.masked_fill_(columns[None, :] >= rows[:, None], -2.0)
+            own = cosine[:, start:stop]
+            own.masked_fill_(torch.ones_like(own, dtype=torch.bool).triu(), -2.0)
         best, position = cosine.max(1)
         found[start:stop] = torch.where(best >= similarity, position, found[start:stop])
     return found
@@ -98,12 +99,19 @@ class Duplicates:
 def find_duplicates(images: Tensor, *, similarity: float | None, among: Tensor | None = None) -> Duplicates:
     """Find images (N, C, H, W, uint8) that repeat an earlier one, or one of `among`.
 
-    similarity: correlation from which two images count as the same, or None for byte-identical ones alone.
-    The first image of a group of duplicates never counts as a repetition.
+    similarity: correlation from which two images count as the same, or None for byte-identical ones alone. The most
+    similar image is looked up among images shrunk to 16 x 16, and must hold at up to 32 x 32 as well: shrunk further,
+    different objects of one outline look the same. The first image of a group never counts as a repetition.
     """
     exact = exact_matches(images, among)
     if similarity is None:
         return Duplicates(exact, exact >= 0)
-    reference = None if among is None else signatures(among)
-    near = near_matches(signatures(images), similarity, reference)
+    reference = images if among is None else among
+    near = near_matches(
+        signatures(images, side=_COARSE), similarity, None if among is None else signatures(among, side=_COARSE)
+    )
+    rows = (near >= 0).nonzero().squeeze(1)
+    for chunk in torch.split(rows, _PAIRS):
+        fine = signatures(images[chunk], side=_FINE) * signatures(reference[near[chunk]], side=_FINE)
+        near[chunk] = torch.where(fine.sum(1) >= similarity, near[chunk], NONE)
     return Duplicates(torch.where(exact >= 0, exact, near), exact >= 0)

@@ -51,11 +51,12 @@ class BalancedSampling(Defense):
 class Deduplicate(Defense):
     """Remove repeated training images, exact and near ones, and report training images that the test split holds too.
 
-    near: also remove images whose correlation with an earlier one is at least `similarity` (shrunk to 16 x 16).
+    near: also remove images whose correlation with an earlier one is at least `similarity`, whatever
+    their brightness and contrast.
     """
 
     near: bool = True
-    similarity: Fraction = 0.995
+    similarity: Fraction = 0.99
 
     def prepare_data(self, data: Split, context: DataContext) -> Split:
         """Return the split without repetitions; the first image of each group stays."""
@@ -108,7 +109,7 @@ class KnnFilter(Defense):
     """
 
     k: PositiveInt = 10
-    agreement: Fraction = 0.5
+    agreement: Fraction = 0.7
     features: Literal["probe", "pixels"] = "probe"
 
     def prepare_data(self, data: Split, context: DataContext) -> Split:

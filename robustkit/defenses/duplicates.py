@@ -47,19 +47,20 @@ def _hashes(images: Tensor) -> Tensor:
     return torch.cat([(block.to(torch.int64) * factors).sum(1) for block in torch.split(flat, _BLOCK)])
 
 
-def signatures(images: Tensor, *, side: int) -> Tensor:
+def signatures(images: Tensor, *, side: int, device: torch.device | None = None) -> Tensor:
     """Return one unit vector (N, D) for each uint8 image (N, C, H, W): shrunk to at most side x side, mean taken off.
 
     The cosine of two signatures is the correlation of the shrunk images, so brightness and contrast do not count.
-    An image of one flat colour has the zero vector, which resembles nothing.
+    An image of one flat colour has the zero vector, which resembles nothing. The result lies on `device`.
     """
+    device = images.device if device is None else device
     height, width = min(side, images.shape[2]), min(side, images.shape[3])
     parts = []
     for block in torch.split(images, _BLOCK):
-        small = F.interpolate(block.to(torch.float32), (height, width), mode="area")
+        small = F.interpolate(block.to(device, torch.float32), (height, width), mode="area")
         flat = small.flatten(1)
         parts.append(F.normalize(flat - flat.mean(1, keepdim=True), dim=1, eps=1e-3))
-    return torch.cat(parts) if parts else images.new_zeros((0, 1), dtype=torch.float32)
+    return torch.cat(parts) if parts else torch.zeros(0, images.shape[1] * height * width, device=device)
 
 
 def near_matches(signature: Tensor, similarity: float, among: Tensor | None = None) -> Tensor:
@@ -96,20 +97,22 @@ class Duplicates:
         return self.of >= 0
 
 
-def find_duplicates(images: Tensor, *, similarity: float | None, among: Tensor | None = None) -> Duplicates:
+def find_duplicates(
+    images: Tensor, *, similarity: float | None, among: Tensor | None = None, device: torch.device | None = None
+) -> Duplicates:
     """Find images (N, C, H, W, uint8) that repeat an earlier one, or one of `among`.
 
     similarity: correlation from which two images count as the same, or None for byte-identical ones alone. The most
     similar image is looked up among images shrunk to 16 x 16, and must hold at up to 32 x 32 as well: shrunk further,
     different objects of one outline look the same. The first image of a group never counts as a repetition.
+    The comparisons run on `device`, a block at a time; images and results stay where the images are.
     """
     exact = exact_matches(images, among)
     if similarity is None:
         return Duplicates(exact, exact >= 0)
     reference = images if among is None else among
-    near = near_matches(
-        signatures(images, side=_COARSE), similarity, None if among is None else signatures(among, side=_COARSE)
-    )
+    others = None if among is None else signatures(among, side=_COARSE, device=device)
+    near = near_matches(signatures(images, side=_COARSE, device=device), similarity, others).to(images.device)
     rows = (near >= 0).nonzero().squeeze(1)
     for chunk in torch.split(rows, _PAIRS):
         fine = signatures(images[chunk], side=_FINE) * signatures(reference[near[chunk]], side=_FINE)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkit.data.split import Split
-from robustkit.defenses.duplicates import Duplicates, find_duplicates
+from robustkit.defenses.duplicates import find_duplicates
 from robustkit.defenses.neighbours import inconsistent, nearest, spare_emptied_classes, votes
 from robustkit.errors import UsageError
 from robustkit.params import Fraction, PositiveInt
@@ -40,9 +40,10 @@ class BalancedSampling(Defense):
         weights = inverse_frequency(labels, self.strength)
         counts = torch.bincount(labels)
         counts = counts[counts > 0]
+        smallest, largest = int(counts.min()), int(counts.max())
         context.log(
-            "balanced_sampling",
-            {"classes": len(counts), "smallest": int(counts.min()), "largest": int(counts.max())},
+            f"balanced_sampling: classes hold {smallest} to {largest} training images",
+            {"classes": len(counts), "smallest": smallest, "largest": largest},
         )
         return weights
 
@@ -60,17 +61,19 @@ class Deduplicate(Defense):
 
     def prepare_data(self, data: Split, context: DataContext) -> Split:
         """Return the split without repetitions; the first image of each group stays."""
-        found = find_duplicates(data.images, similarity=self._similarity)
-        repeated, exact = found.repeated, found.exact
-        conflicts = repeated & (data.labels != data.labels[found.of.clamp_min(0)])
+        found = find_duplicates(data.images, similarity=self._similarity, device=context.device)
+        repeated = found.repeated.to(data.labels.device)
+        conflicts = repeated & (data.labels != data.labels[found.of.clamp_min(0).to(data.labels.device)])
+        removed, exact, relabelled = int(repeated.sum()), int(found.exact.sum()), int(conflicts.sum())
         context.log(
-            "deduplicate: repeated training images removed",
+            f"deduplicate: {removed} of {len(data)} training images repeat an earlier one and were removed "
+            f"({exact} exact, {removed - exact} near; {relabelled} with another label)",
             {
-                "removed": int(repeated.sum()),
+                "removed": removed,
                 "of": len(data),
-                "exact": int(exact.sum()),
-                "near": int((repeated & ~exact).sum()),
-                "different_label": int(conflicts.sum()),
+                "exact": exact,
+                "near": removed - exact,
+                "different_label": relabelled,
                 "ids": data.index[repeated].tolist(),
             },
         )
@@ -83,18 +86,21 @@ class Deduplicate(Defense):
         return self.similarity if self.near else None
 
     def _report_leaks(self, data: Split, test: Split, context: DataContext) -> None:
-        leaks: Duplicates = find_duplicates(
-            test.images.to(data.images.device), similarity=self._similarity, among=data.images
+        found = find_duplicates(
+            test.images.to(data.images.device), similarity=self._similarity, among=data.images, device=context.device
         )
-        leaked = leaks.repeated
+        leaked = found.repeated
+        leaks, exact = int(leaked.sum()), int(found.exact.sum())
         context.log(
-            "deduplicate: test images that are also in the training data (kept, only reported)",
+            f"deduplicate: {leaks} of {len(test)} test images are in the training data too "
+            f"({exact} exact, {leaks - exact} near); reported only",
             {
-                "leaks": int(leaked.sum()),
+                "leaks": leaks,
                 "of": len(test),
-                "exact": int(leaks.exact.sum()),
-                "test_ids": test.index.to(leaked.device)[leaked].tolist(),
-                "ids": data.index[leaks.of[leaked]].tolist(),
+                "exact": exact,
+                "near": leaks - exact,
+                "test_ids": test.index[leaked.to(test.index.device)].tolist(),
+                "ids": data.index[found.of[leaked].to(data.index.device)].tolist(),
             },
         )
 
@@ -117,16 +123,18 @@ class KnnFilter(Defense):
         if len(data) <= self.k:
             raise UsageError(f"knn_filter: k is {self.k}, and there are only {len(data)} training images")
         features = context.features(data) if self.features == "probe" else pixel_features(data)
-        labels = data.labels.to(features.device)
+        features, labels = features.to(context.device), data.labels.to(context.device)
         classes = int(labels.max()) + 1
         counts = votes(labels, nearest(features, self.k), classes)
         removed = inconsistent(labels, counts, self.agreement)
         removed, spared = spare_emptied_classes(labels, removed, classes)
         removed = removed.to(data.labels.device)
+        count = int(removed.sum())
+        kept = f"; classes {spared.tolist()} left as they are" if len(spared) else ""
         context.log(
-            "knn_filter: images with contradicted labels removed",
+            f"knn_filter: {count} of {len(data)} training images removed: their neighbours carry another label{kept}",
             {
-                "removed": int(removed.sum()),
+                "removed": count,
                 "of": len(data),
                 "spared_classes": spared.tolist(),
                 "ids": data.index[removed].tolist(),

@@ -133,7 +133,7 @@ def check_planted(data: Split, context: Context, log: Callable[[str], dict[str, 
         torch.stack([data.images[3], disturbed(data.images[5:6])[0], 255 - data.images[9]]), data.labels[:3]
     )
     kept = Deduplicate().prepare_data(planted, context(test))
-    removed = log("repeated")
+    removed = log("training images repeat")
     ids = set(removed["ids"])  # type: ignore[call-overload]
     assert set(range(len(data), len(data) + 40)) <= ids
     assert removed["exact"] == 20

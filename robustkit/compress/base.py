@@ -1,0 +1,48 @@
+"""What a pruning method is, and the schedule by which it reaches its sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.attacks.threat import Threat
+from robustkit.compress.masks import Masks
+
+Schedule = Literal["one_shot", "cubic"]
+
+
+@dataclass(frozen=True)
+class CompressContext:
+    """What a pruning method may use. `example` is (2, C, H, W) of zeros on the model's device."""
+
+    example: Tensor
+    generator: torch.Generator
+    threat: Threat
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """A pruning method: its parameters at construction, masks at call. `sparsity` is the total, in [0, 1]."""
+
+    sparsity: float
+    schedule: Schedule
+    begin: float
+    end: float
+    updates: int
+
+    def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
+        """Return masks of this total sparsity that keep nothing that `current` drops."""
+        ...
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a ModelError unless the model has the sparsity asked for, within one weight or channel."""
+        ...
+
+
+def cubic_sparsity(start: float, final: float, share: float) -> float:
+    """Return the sparsity after `share` in [0, 1] of the schedule (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1)."""
+    left = (1.0 - min(1.0, max(0.0, share))) ** 3
+    return final + (start - final) * left

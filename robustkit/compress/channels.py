@@ -1,0 +1,155 @@
+"""Channel pruning: the same channels in every coupled layer, batch norm and biases included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from robustkit.compress.base import CompressContext, Schedule
+from robustkit.compress.masks import Masks
+from robustkit.errors import ModelError
+from robustkit.params import Fraction, PositiveInt
+
+WEIGHTED = (nn.Conv2d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer of a group: its output positions `local` hold the group's channels `channel`."""
+
+    name: str
+    module: nn.Module
+    local: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Layers whose output channels can only go together (residual sums, batch norm, depthwise)."""
+
+    width: int
+    members: tuple[Member, ...]
+
+    @property
+    def name(self) -> str:
+        """The first layer's name."""
+        return self.members[0].name
+
+
+def channel_groups(model: nn.Module, example: Tensor) -> Iterator[ChannelGroup]:
+    """Yield the groups of a model, found by tracing it on `example` (N, C, H, W); the classifier is left out.
+
+    Source: Fang et al. 2023, DepGraph (arXiv 2301.12900), through torch-pruning.
+    """
+    modes = {module: module.training for module in model.modules()}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        # The tracer follows autograd, so it needs gradients on and every parameter in the graph.
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), example)
+        names = {module: name for name, module in model.named_modules()}
+        ignored = [classifier(model)]
+        for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=list(WEIGHTED)):
+            found = tuple(_members(group, graph, names))
+            if found:
+                yield ChannelGroup(len(group[0].idxs), found)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _members(group: object, graph: object, names: dict[nn.Module, str]) -> Iterator[Member]:
+    for item in group:  # type: ignore[attr-defined]
+        module = item.dep.target.module
+        outputs = graph.is_out_channel_pruning_fn(item.dep.handler)  # type: ignore[attr-defined]
+        if outputs and isinstance(module, (*WEIGHTED, *NORMS)):
+            yield Member(names[module], module, torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs)))
+
+
+def classifier(model: nn.Module) -> nn.Module:
+    """Return the last linear (or convolution) layer, whose outputs are the classes."""
+    weighted = [module for module in model.modules() if isinstance(module, WEIGHTED)]
+    if not weighted:
+        raise ModelError("the model has no convolution and no linear layer to prune")
+    return weighted[-1]
+
+
+def group_score(group: ChannelGroup, current: Masks) -> Tensor:
+    """Return the L2 norm (width,) of each channel's incoming weights over all coupled layers, as they are masked."""
+    total = torch.zeros(group.width)
+    for member in group.members:
+        if isinstance(member.module, WEIGHTED):
+            weight = member.module.weight.detach()
+            kept = weight * current.of(f"{member.name}.weight", weight)
+            norms = kept.flatten(1).square().sum(1).cpu()
+            total.index_add_(0, member.channel, norms[member.local])
+    return total.sqrt()
+
+
+def channel_masks(model: nn.Module, current: Masks, sparsity: float, example: Tensor) -> Masks:
+    """Return masks that drop round(sparsity * width) channels of every group, at least one kept."""
+    found: dict[str, Tensor] = {}
+    for group in channel_groups(model, example):
+        drop = min(round(sparsity * group.width), group.width - 1)
+        score = group_score(group, current)
+        method = prune.LnStructured(amount=drop, n=1, dim=0)
+        keep = method.compute_mask(score[:, None], torch.ones(group.width, 1))[:, 0]
+        for member in group.members:
+            for name, mask in _member_masks(member, keep):
+                found[name] = found[name] * mask if name in found else mask
+    return current.narrowed(found)
+
+
+def _member_masks(member: Member, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
+    weight, bias = member.module.weight, member.module.bias
+    assert isinstance(weight, Tensor)
+    rows = torch.ones(weight.shape[0])
+    rows[member.local] = keep[member.channel]
+    rows = rows.to(weight.device, weight.dtype)
+    yield f"{member.name}.weight", rows.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight).clone()
+    if isinstance(bias, Tensor):
+        yield f"{member.name}.bias", rows.clone()
+
+
+def dead_channels(model: nn.Module, example: Tensor) -> list[tuple[str, int, int]]:
+    """Return (group, dead, width): channels whose weights, biases and norms are zero in every coupled layer."""
+    found = []
+    for group in channel_groups(model, example):
+        dead = torch.ones(group.width, dtype=torch.bool)
+        for member in group.members:
+            weight, bias = member.module.weight, member.module.bias
+            assert isinstance(weight, Tensor)
+            zero = weight.detach().flatten(1).abs().amax(1) == 0 if weight.dim() > 1 else weight.detach() == 0
+            if isinstance(bias, Tensor):
+                zero = zero & (bias.detach() == 0)
+            dead[member.channel] &= zero.cpu()[member.local]
+        found.append((group.name, int(dead.sum()), group.width))
+    return found
+
+
+@dataclass(frozen=True)
+class ChannelL2:
+    """Prune the channels of the smallest L2 norm, the same ones in all coupled layers (Li et al. 2017)."""
+
+    sparsity: Fraction
+    schedule: Schedule = "one_shot"
+    begin: Fraction = 0.0
+    end: Fraction = 0.5
+    updates: PositiveInt = 10
+
+    def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
+        """Return masks that drop this share of every group's channels."""
+        return channel_masks(model, current, sparsity, context.example)
+
+    def check(self, model: nn.Module) -> None:
+        """Nothing to check here: `channel_masks` drops an exact number, and the masks hold it."""

@@ -1,0 +1,133 @@
+"""Holds masks through training: applied after every step, advanced along their schedule, checked at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from robustkit.attacks.threat import Threat
+from robustkit.compress.base import CompressContext, Compressor, cubic_sparsity
+from robustkit.compress.masks import Masks, sparsity_of, zero_masks
+from robustkit.compress.prune import TorchMethod
+from robustkit.errors import ModelError, UsageError
+from robustkit.seeding import derive_seed
+from robustkit.train.hooks import Defense, Step
+
+
+def as_compressor(made: object) -> Compressor:
+    """Return a pruning method as it is, or a torch.nn.utils.prune method wrapped as one.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(made, BasePruningMethod):
+        return TorchMethod(made)
+    if isinstance(made, Compressor):
+        return made
+    raise UsageError(f"{type(made).__name__} is no pruning method: it needs sparsity, schedule and masks(...)")
+
+
+class MaskKeeper(Defense):
+    """The compression of one variant as a training hook.
+
+    The masks stand beside a plain model and are applied after every optimizer step, so that no momentum, weight decay
+    or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero.
+    """
+
+    def __init__(
+        self, compressors: Sequence[object], *, inherit: bool, context_seed: int, example: Tensor, threat: Threat
+    ) -> None:
+        self.compressors = [as_compressor(made) for made in compressors]
+        self.masks = Masks()
+        self._inherit = inherit
+        self._seed = context_seed
+        self._example = example
+        self._threat = threat
+        self._start: list[float] = []
+        self._done = [0 for _ in self.compressors]
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Take over the zeros of the parent, then apply every one-shot method."""
+        if self._inherit:
+            self.masks = zero_masks(model)
+        for number, method in enumerate(self.compressors):
+            self._start.append(sparsity_of(model))
+            if method.schedule == "one_shot":
+                self._advance(model, number, method.sparsity)
+        return model
+
+    def compress(self, model: nn.Module) -> nn.Module:
+        """Apply everything at its final sparsity, without training."""
+        if self._inherit:
+            self.masks = zero_masks(model)
+        for number, method in enumerate(self.compressors):
+            self._advance(model, number, method.sparsity)
+        return model
+
+    def after_step(self, step: Step) -> None:
+        """Advance the schedules that are due and hold the masks."""
+        for number, method in enumerate(self.compressors):
+            if method.schedule == "cubic":
+                due = updates_due(method, step.progress)
+                if due > self._done[number]:
+                    self._done[number] = due
+                    share = due / method.updates
+                    self._advance(step.model, number, cubic_sparsity(self._start[number], method.sparsity, share))
+        self.masks.apply_(step.model)
+
+    def ready(self, step: Step) -> bool:
+        """Say whether every schedule has reached its sparsity."""
+        return all(
+            method.schedule == "one_shot" or self._done[number] >= method.updates
+            for number, method in enumerate(self.compressors)
+        )
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Apply the masks once more and check what was reached.
+
+        Raises:
+            ModelError: the sparsity is not what was asked, or a layer is empty that nobody asked to empty.
+        """
+        self.masks.apply_(model)
+        for method in self.compressors:
+            method.check(model)
+        if self.compressors and not any(
+            getattr(method, "max_layer_sparsity", 0.99) >= 1 for method in self.compressors
+        ):
+            self._check_layers(model)
+        return model
+
+    def _check_layers(self, model: nn.Module) -> None:
+        for name, mask in self.masks.tensors.items():
+            if mask.dim() > 1 and not bool(mask.any()):
+                raise ModelError(f"pruning emptied {name}; lower the sparsity, or set max_layer_sparsity: 1")
+
+    def _advance(self, model: nn.Module, number: int, sparsity: float) -> None:
+        method = self.compressors[number]
+        device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, number, self._done[number]))
+        context = CompressContext(self._example.to(device), generator, self._threat)
+        self.masks = method.masks(model, self.masks, sparsity, context)
+        self.masks.apply_(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks and where each schedule stands."""
+        return {"masks": self.masks.state_dict(), "start": list(self._start), "done": list(self._done)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what state_dict returned."""
+        self.masks = Masks.from_state_dict(state["masks"])
+        self._start = list(state["start"])
+        self._done = list(state["done"])
+
+
+def updates_due(method: Compressor, progress: float) -> int:
+    """Return how many of a schedule's updates are due at this share of training."""
+    if progress < method.begin:
+        return 0
+    span = max(method.end - method.begin, 1e-9)
+    return min(method.updates, int((progress - method.begin) / span * method.updates + 1e-9))

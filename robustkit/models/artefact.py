@@ -1,0 +1,132 @@
+"""Models as files: safetensors with the architecture as JSON beside the weights. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from robustkit import registry
+from robustkit.errors import ModelError, UsageError
+from robustkit.models.build import Shape, build_inner
+from robustkit.models.normalized import Normalized
+from robustkit.recipe.spec import Use
+from robustkit.store import write_atomic
+
+FORMAT = "robustkit/1"
+MAX_SIDE = 65_536
+
+
+class Architecture(BaseModel):
+    """What a model file says of its architecture."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: str
+    model: str
+    parameters: dict[str, Any] = {}
+    shape: Shape
+    classes: tuple[str, ...] = Field(min_length=2)
+
+
+def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str]) -> None:
+    """Write a model that was made by `build_model`; atomically."""
+    described = Architecture(
+        format=FORMAT, model=use.name, parameters=use.parameters, shape=shape, classes=tuple(classes)
+    )
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
+
+
+def read_architecture(path: Path) -> Architecture:
+    """Return what a model file says of itself.
+
+    Raises:
+        ModelError: no such file, not safetensors, truncated, or not written by robustkit.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a safetensors file, or a truncated one: {error}") from error
+    if "robustkit" not in metadata:
+        raise ModelError(f"{path}: holds weights but no robustkit architecture")
+    try:
+        found = Architecture.model_validate(json.loads(metadata["robustkit"]))
+    except (ValidationError, ValueError) as error:
+        raise ModelError(f"{path}: its architecture cannot be read: {error}") from error
+    if found.format != FORMAT:
+        raise ModelError(f"{path}: written in format {found.format!r}; this version reads {FORMAT!r}")
+    if not all(1 <= side <= MAX_SIDE for side in found.shape):
+        raise ModelError(f"{path}: images of shape {found.shape} are absurd")
+    return found
+
+
+def load_model(path: Path | str, *, folder: Path | None = None, trust_plugins: bool = False) -> nn.Module:
+    """Return the model of a file in eval mode; its logits are bit-equal to those of the model that was saved.
+
+    A model of a user's own class needs `trust_plugins=True`: making it runs that class's code.
+
+    Raises:
+        ModelError: broken file, unknown architecture, or weights that do not fit it (checked before any is read).
+    """
+    path = Path(path)
+    described = read_architecture(path)
+    use = Use(name=described.model, parameters=described.parameters, label=described.model)
+    try:
+        entry = registry.find("model", use.name, folder=folder)
+        _, mistakes = registry.check_parameters(entry, use.parameters)
+    except UsageError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if mistakes:
+        raise ModelError(f"{path}: {mistakes[0][1]}")
+    own = registry.runs_user_code(entry)
+    if own and not trust_plugins:
+        raise ModelError(f"{path}: needs code from {use.name}; pass trust_plugins=True if you trust it")
+    model = _skeleton(path, use, described, folder, on_meta=not own)
+    _fill(model, path)
+    return model.eval()
+
+
+def _skeleton(path: Path, use: Use, described: Architecture, folder: Path | None, on_meta: bool) -> nn.Module:
+    channels = described.shape[0]
+    try:
+        # On the meta device nothing is allocated, whatever sizes the file claims.
+        with torch.device("meta" if on_meta else "cpu"):
+            inner = build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder)
+            return Normalized(inner, [0.0] * channels, [1.0] * channels)
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+        raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
+
+
+def _fill(model: nn.Module, path: Path) -> None:
+    wanted = model.state_dict()
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = set(file.keys())
+            missing, extra = sorted(set(wanted) - names), sorted(names - set(wanted))
+            if missing or extra:
+                raise ModelError(
+                    f"{path}: weights do not fit the architecture: missing {missing[:3]}, unknown {extra[:3]}"
+                )
+            for name, tensor in wanted.items():
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(tensor.shape):
+                    raise ModelError(f"{path}: {name} has shape {shape}, the architecture has {tuple(tensor.shape)}")
+            state = {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: truncated or broken: {error}") from error
+    for name, tensor in wanted.items():
+        if state[name].dtype != tensor.dtype:
+            raise ModelError(f"{path}: {name} is {state[name].dtype}, the architecture has {tensor.dtype}")
+    model.load_state_dict(state, strict=True, assign=True)
+    model.requires_grad_(True)

@@ -1,0 +1,77 @@
+"""The plain CNN that everything else is compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from robustkit.errors import ModelError
+from robustkit.params import Fraction
+
+KERNEL = 5
+POOL = 2
+WIDTHS = (64, 128)
+HIDDEN = 1024
+
+
+class BaselineCnn(nn.Module):
+    """5x5 conv 64, max-pool, ReLU, 5x5 conv 128, max-pool, ReLU, linear 1,024, ReLU, classes.
+
+    The convolutions are not padded, so 28x28 images end in 128 maps of 4x4; the first linear layer is as wide as the
+    input asks for. `residual` adds a 1x1 convolution around the second convolution (He et al. 2016, the input cropped
+    to the output's size); `dropout` is the share that is dropped before each linear layer.
+
+    Raises:
+        ModelError: the images are too small for two 5x5 convolutions with pooling (less than 16 pixels a side).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        batch_norm: bool = False,
+        residual: bool = False,
+        dropout: Fraction = 0.0,
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        first, second = WIDTHS
+        rows, columns = flat_size(height, "height"), flat_size(width, "width")
+        self.conv1 = nn.Conv2d(channels, first, KERNEL)
+        self.norm1 = nn.BatchNorm2d(first) if batch_norm else nn.Identity()
+        self.conv2 = nn.Conv2d(first, second, KERNEL)
+        self.norm2 = nn.BatchNorm2d(second) if batch_norm else nn.Identity()
+        self.shortcut = nn.Conv2d(first, second, 1) if residual else None
+        self.pool = nn.MaxPool2d(POOL)
+        self.relu1 = nn.ReLU()
+        self.relu2 = nn.ReLU()
+        self.relu3 = nn.ReLU()
+        self.drop1 = nn.Dropout(dropout)
+        self.drop2 = nn.Dropout(dropout)
+        self.fc1 = nn.Linear(second * rows * columns, HIDDEN)
+        self.fc2 = nn.Linear(HIDDEN, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, classes) of images (N, C, H, W)."""
+        x = self.relu1(self.pool(self.norm1(self.conv1(x))))
+        y = self.norm2(self.conv2(x))
+        if self.shortcut is not None:
+            crop = KERNEL // 2
+            y = y + self.shortcut(x[:, :, crop:-crop, crop:-crop])
+        y = self.relu2(self.pool(y))
+        y = self.relu3(self.fc1(self.drop1(y.flatten(1))))
+        logits: Tensor = self.fc2(self.drop2(y))
+        return logits
+
+
+def flat_size(side: int, name: str) -> int:
+    """Return how many pixels of `side` are left before the first linear layer."""
+    left = side
+    for layer in ("conv1", "conv2"):
+        convolved = left - KERNEL + 1
+        if convolved < POOL:
+            raise ModelError(
+                f"baseline_cnn: layer {layer} (5x5, then 2x2 pooling) cannot take a {name} of {left}; images of "
+                f"{name} {side} are too small, 16 is the least. Scale them, e.g. data: {{digits: {{size: 28}}}}"
+            )
+        left = convolved // POOL
+    return left

@@ -1,0 +1,54 @@
+"""A small CNN that trains quickly: it pools early, so most of its work is on small maps."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from robustkit.errors import ModelError
+from robustkit.params import PositiveInt
+
+
+class ConvGroup(nn.Module):
+    """conv 3x3, 2x2 max-pool, batch norm, GELU, conv 3x3, batch norm, GELU."""
+
+    def __init__(self, inputs: int, outputs: int, pool: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.act1 = nn.GELU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.act2 = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return maps of half the side."""
+        x = self.act1(self.norm1(self.pool(self.conv1(x))))
+        y: Tensor = self.act2(self.norm2(self.conv2(x)))
+        return y
+
+
+class SmallCnn(nn.Module):
+    """One group of two 3x3 convolutions per width, pooled early, GELU, then max over the map and a linear layer.
+
+    Takes images from 8x8 on; a group whose map is a single pixel no longer pools.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, widths: list[PositiveInt] = [32, 64, 64]) -> None:  # noqa: B006
+        super().__init__()
+        channels, height, width = shape
+        if min(height, width) < 4 or not widths:
+            raise ModelError(f"small_cnn: images of {height}x{width} are too small; 4x4 is the least")
+        side = min(height, width)
+        groups: list[nn.Module] = []
+        for outputs in widths:
+            groups.append(ConvGroup(channels, outputs, pool=side >= 2))
+            channels, side = outputs, max(1, side // 2)
+        self.groups = nn.Sequential(*groups)
+        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, classes) of images (N, C, H, W)."""
+        logits: Tensor = self.head(self.pool(self.groups(x)).flatten(1))
+        return logits

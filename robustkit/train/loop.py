@@ -1,0 +1,376 @@
+"""The training loop: one for every defense and every compression."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkit import registry
+from robustkit.attacks.threat import Threat
+from robustkit.data.augment import Augmentation
+from robustkit.data.batches import epoch_order, resident, training_batches
+from robustkit.data.split import Dataset, Split
+from robustkit.errors import TrainingError
+from robustkit.recipe.spec import TrainSpec
+from robustkit.results import EpochRow, Flag
+from robustkit.seeding import derive_seed
+from robustkit.train.guards import MAX_RESTARTS, MAX_ROLLBACKS, Guards
+from robustkit.train.hooks import Batch, DataContext, Decision, EpochReport, Step, is_adversarial
+from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
+from robustkit.train.probe import Probe
+from robustkit.train.state import (
+    Checkpoint,
+    Named,
+    TrainingState,
+    Weights,
+    from_file,
+    restore,
+    snapshot,
+    to_file,
+    weights_of,
+)
+from robustkit.train.step import train_step
+from robustkit.train.validate import clean_accuracy, robust_accuracy, robust_subset
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+CHECK_EVERY = 100
+"""Steps between two looks at whether the loss is still finite: each look waits for the device."""
+SHOW_EVERY = 0.25
+"""Seconds between two events for a progress bar."""
+
+
+@dataclass
+class Fitted:
+    """A trained model: the best weights are in `model`, the last ones in `last_state`."""
+
+    model: nn.Module
+    last_state: Weights
+    epochs: list[EpochRow]
+    best_epoch: int
+    flags: list[Flag]
+    notes: list[str]
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    spec: TrainSpec,
+    defenses: Named,
+    *,
+    threat: Threat,
+    seed: int,
+    key: str,
+    device: torch.device,
+    on_event: OnEvent,
+    checkpoint: Checkpoint | None = None,
+    augment: Sequence[Augmentation] = (),
+) -> Fitted:
+    """Train a model with its defenses and return it with its best weights.
+
+    The best epoch is chosen on the validation split: by attacked accuracy where a defense trains on perturbed images,
+    else by clean accuracy. The test split is never looked at. Every epoch starts from seeds derived from (seed, key,
+    plugin, epoch), so a training that is resumed from `checkpoint` gives the numbers of an undisturbed one.
+
+    Raises:
+        TrainingError: the loss is not finite after three returns with half the learning rate.
+    """
+    run = _Run(model, data, spec, defenses, threat, seed, key, device, on_event, augment)
+    return run.fit(checkpoint)
+
+
+class _Run:
+    """One training. The methods follow the order in which things happen."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        spec: TrainSpec,
+        defenses: Named,
+        threat: Threat,
+        seed: int,
+        key: str,
+        device: torch.device,
+        on_event: OnEvent,
+        augment: Sequence[Augmentation],
+    ) -> None:
+        self.spec, self.defenses, self.threat = spec, defenses, threat
+        self.seed, self.key, self.device = seed, key, device
+        self.on_event, self.augment = on_event, augment
+        self.classes = len(data.classes)
+        self.adversarial = any(is_adversarial(defense) for _, defense in defenses)
+        self.notes: list[str] = []
+        self.train, self.weights = self._prepare_data(data)
+        self.validation = data.validation.to(device)
+        self.attacked = robust_subset(self.validation)
+        self.model = self._prepare_model(model.to(device))
+        self.optimizer = self._optimizer()
+        self.schedule: SchedulePlugin = self._plugin("schedule")
+        self.runner = torch.compile(self.model) if spec.compile else self.model
+        self.precision = self._precision()
+        # Built once: hooks that were inserted must be there before a state is taken or put back.
+        self.initial = snapshot(self.model, self.optimizer, self.defenses)
+
+    def _plugin(self, kind: registry.Kind) -> Any:  # noqa: ANN401
+        use = self.spec.optimizer if kind == "optimizer" else self.spec.schedule
+        return registry.create(registry.find(kind, use.name), use.parameters)
+
+    def _prepare_data(self, data: Dataset) -> tuple[Split, Tensor | None]:
+        probe = Probe(data.train, self.classes, self.device, derive_seed(self.seed, self.key, "probe"))
+        train, weights = data.train, None
+        for label, defense in self.defenses:
+            context = DataContext(
+                generator=torch.Generator().manual_seed(derive_seed(self.seed, self.key, label, "data")),
+                device=self.device,
+                log=self._log,
+                features=probe,
+                test=data.test,
+            )
+            train = defense.prepare_data(train, context)
+            drawn = defense.sample_weights(train.labels, context)
+            weights = drawn if drawn is not None else weights
+        return resident(train, self.device, self.spec.memory_limit), weights
+
+    def _log(self, message: str, numbers: Mapping[str, Any]) -> None:
+        self.notes.append(message)
+        self.on_event("data", {"message": message, **numbers})
+
+    def _prepare_model(self, model: nn.Module) -> nn.Module:
+        for _, defense in self.defenses:
+            model = defense.prepare_model(model)
+        return to_channels_last(model, self.train.shape, self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
+        for _, defense in self.defenses:
+            groups = defense.parameter_groups(groups, self.model)
+        plugin: OptimizerPlugin = self._plugin("optimizer")
+        optimizer = plugin.build(groups)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        return optimizer
+
+    def _precision(self) -> torch.dtype | None:
+        wanted = self.spec.precision
+        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
+            return torch.bfloat16
+        return None
+
+    def fit(self, checkpoint: Checkpoint | None) -> Fitted:
+        """Train to the end, from where the checkpoint left off."""
+        state = self._start(checkpoint)
+        good = snapshot(self.model, self.optimizer, self.defenses)
+        while state.epoch < self.spec.epochs and state.guards.collapsed_at is None:
+            row = self._epoch(state)
+            verdict = state.guards.judge(row, state.rows) if self.spec.guards else "ok"
+            if verdict == "ok":
+                stop = self._accept(row, state)
+                good = snapshot(self.model, self.optimizer, self.defenses)
+            else:
+                stop = self._recover(verdict, row, state, good)
+            if checkpoint is not None:
+                checkpoint.save(to_file(state, good))
+            if stop:
+                break
+        return self._finish(state)
+
+    def _start(self, checkpoint: Checkpoint | None) -> TrainingState:
+        guards = Guards(classes=self.classes, epochs=self.spec.epochs)
+        saved = checkpoint.load() if checkpoint is not None else None
+        if saved is None:
+            return TrainingState(guards=guards, notes=list(self.notes))
+        restore(saved, self.model, self.optimizer, self.defenses)
+        state = from_file(saved, guards)
+        self.on_event("resume", {"epoch": state.epoch, "epochs": self.spec.epochs})
+        return state
+
+    def _seed(self, label: str, state: TrainingState) -> int:
+        attempt = state.guards.rollbacks + state.guards.restarts
+        return derive_seed(self.seed, self.key, label, state.epoch, attempt)
+
+    def _epoch(self, state: TrainingState) -> EpochRow:
+        started = time.perf_counter()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._seed("torch", state))
+            loss, accuracy = self._steps(state)
+        row = self._measure(state, loss, accuracy)
+        row.seconds = round(time.perf_counter() - started, 3)
+        state.seconds += row.seconds
+        return row
+
+    def _steps(self, state: TrainingState) -> tuple[float, float]:
+        order = epoch_order(len(self.train), torch.Generator().manual_seed(self._seed("order", state)), self.weights)
+        generator = torch.Generator(device=self.device).manual_seed(self._seed("augment", state))
+        own = {
+            label: torch.Generator(device=self.device).manual_seed(self._seed(label, state))
+            for label, _ in self.defenses
+        }
+        steps = -(-len(order) // self.spec.batch_size)
+        total = torch.zeros((), device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        seen = number = 0
+        shown = time.perf_counter()
+        self.model.train()
+        batches = training_batches(
+            self.train,
+            order,
+            self.spec.batch_size,
+            self.device,
+            self.augment,
+            generator,
+            memory_limit=self.spec.memory_limit,
+        )
+        for number, (x, y, index) in enumerate(batches, 1):
+            progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
+            self._set_lr(progress, state)
+            batch = Batch(x.contiguous(memory_format=torch.channels_last), y, index, self.classes)
+            hooked = [
+                (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label]))
+                for label, defense in self.defenses
+            ]
+            loss, hits = train_step(self.runner, batch, hooked, self.optimizer, precision=self.precision)
+            total += loss * len(y)
+            right += hits
+            seen += len(y)
+            if number % CHECK_EVERY == 0 and not bool(torch.isfinite(total)):
+                break
+            if time.perf_counter() - shown > SHOW_EVERY:
+                shown = time.perf_counter()
+                self.on_event("step", {"epoch": state.epoch, "step": number, "steps": steps})
+        return float(total) / max(1, seen), int(right) / max(1, seen)
+
+    def _set_lr(self, progress: float, state: TrainingState) -> None:
+        factor = self.schedule.factor(progress, state.epoch) * state.guards.lr_scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def _measure(self, state: TrainingState, loss: float, accuracy: float) -> EpochRow:
+        model = self._evaluated()
+        robust = single = None
+        if self.adversarial:
+            seed = derive_seed(self.seed, self.key, "validation")
+            robust, single = robust_accuracy(model, self.attacked, self.threat, self.device, seed=seed)
+        clean = clean_accuracy(model, self.validation, self.device)
+        row = EpochRow(epoch=state.epoch, loss=loss, train_accuracy=accuracy, clean=clean, robust=robust)
+        return row.model_copy(update={"single_step": single, "lr": self.optimizer.param_groups[0]["lr"]})
+
+    def _evaluated(self) -> nn.Module:
+        model = self.model
+        for _, defense in self.defenses:
+            model = defense.evaluated_model(model)
+        return model
+
+    def _accept(self, row: EpochRow, state: TrainingState) -> bool:
+        progress = (state.epoch + 1) / self.spec.epochs
+        step = Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, torch.Generator())
+        state.rows.append(row)
+        state.epoch += 1
+        state.last = weights_of(self._evaluated())
+        if all(defense.ready(step) for _, defense in self.defenses):
+            score = self._score(row)
+            if score >= state.best_score:
+                state.best, state.best_epoch, state.best_score = state.last, row.epoch, score
+        left = (self.spec.epochs - state.epoch) * state.seconds / max(1, len(state.rows))
+        self.on_event("epoch", {**row.model_dump(), "epochs": self.spec.epochs, "eta": round(left, 1)})
+        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust)
+        decisions = [defense.after_epoch(report) for _, defense in self.defenses]
+        if Decision.FAIL in decisions:
+            raise TrainingError(f"a defense gave up after epoch {row.epoch + 1}")
+        return Decision.STOP in decisions
+
+    def _score(self, row: EpochRow) -> tuple[float, float]:
+        select = self.spec.select
+        if select == "last":
+            return float(row.epoch), 0.0
+        if select == "clean" or row.robust is None:
+            return row.clean, 0.0
+        return row.robust, row.clean
+
+    def _recover(self, verdict: str, row: EpochRow, state: TrainingState, good: dict[str, Any]) -> bool:
+        """Return to an earlier state, or end the training; returns whether it ends."""
+        guards, number = state.guards, row.epoch + 1
+        if verdict == "diverged":
+            if guards.rollbacks >= MAX_ROLLBACKS:
+                raise TrainingError(
+                    f"the loss is not finite in epoch {number}, after {MAX_ROLLBACKS} returns with half the learning "
+                    "rate each: lower train.optimizer's lr"
+                )
+            guards.rollbacks += 1
+            guards.lr_scale /= 2
+            restore(good, self.model, self.optimizer, self.defenses)
+            return self._flag(state, "diverged", f"loss not finite in epoch {number}: went back, learning rate halved")
+        if verdict == "collapsed":
+            guards.collapsed_at = row.epoch
+            single = getattr(row, "single_step", None) or 0.0
+            message = (
+                f"catastrophic overfitting in epoch {number} (multi-step {row.robust or 0:.1%}, single-step "
+                f"{single:.1%} on validation): training ended with the weights from before; use n_fgsm with more "
+                "noise, pgd_training, or a lower eps"
+            )
+            restore(good, self.model, self.optimizer, self.defenses)
+            self._flag(state, "catastrophic-overfitting", message)
+            return True
+        if guards.restarts >= MAX_RESTARTS:
+            self._flag(state, "stuck", f"predicts a constant after {guards.restarts} restarts: not trained")
+            self._accept(row, state)
+            guards.collapsed_at = row.epoch
+            return True
+        guards.restarts += 1
+        guards.lr_scale /= 10
+        restore(self.initial, self.model, self.optimizer, self.defenses)
+        state.epoch, state.rows, state.best_epoch, state.best_score = 0, [], -1, (-1.0, -1.0)
+        state.best, state.last = {}, {}
+        return self._flag(state, "stuck", f"stuck at chance in epoch {number}: started again with a tenth of the rate")
+
+    def _flag(self, state: TrainingState, kind: str, message: str) -> bool:
+        severity = "wrong" if "not trained" in message else "doubt" if kind == "catastrophic-overfitting" else "note"
+        state.flags.append(Flag.model_validate({"id": kind, "severity": severity, "message": message}))
+        state.guards.history.append({"kind": kind, "message": message})
+        self.on_event("guard", {"guard": kind, "message": message})
+        return False
+
+    def _finish(self, state: TrainingState) -> Fitted:
+        if not state.last:
+            state.last = weights_of(self._evaluated())
+        if not state.best:
+            state.best, state.best_epoch = state.last, max(0, state.epoch - 1)
+        self.model.load_state_dict(state.best)
+        model = self.model
+        for _, defense in reversed(self.defenses):
+            model = defense.restore_model(model)
+        return Fitted(
+            model=model.eval(),
+            last_state=state.last,
+            epochs=state.rows,
+            best_epoch=state.best_epoch,
+            flags=state.flags,
+            notes=state.notes,
+            seconds=round(state.seconds, 3),
+        )
+
+
+def to_channels_last(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
+    """Return the model with channels-last weights where it takes such images, else as it was.
+
+    A model that calls `.view` on its maps does not; it is found out here, on two images of zeros.
+    """
+    x = torch.zeros(2, *shape, device=device).contiguous(memory_format=torch.channels_last)
+    modes = {module: module.training for module in model.modules()}
+    changed: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        with torch.no_grad():
+            changed.eval()(x)
+        return changed
+    except RuntimeError:
+        back: nn.Module = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return back
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,60 @@
+"""One training step: the hooks in their order, one backward, no host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustkit.train.hooks import Batch, Defense, Forward, Step
+
+Hooked = Sequence[tuple[Defense, Step]]
+"""Each defense with the step as it sees it (its own generator)."""
+
+
+def train_step(
+    model: nn.Module, batch: Batch, hooked: Hooked, optimizer: torch.optim.Optimizer, *, precision: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Do one optimizer step and return (loss, number of right predictions) as tensors on the device.
+
+    Order: transform_batch, perturb, around_step, objective (else cross-entropy), penalty, backward, step, after_step.
+    """
+    device_type = batch.x.device.type
+    with torch.autocast(device_type, dtype=precision, enabled=precision is not None):
+        for defense, step in hooked:
+            batch = defense.transform_batch(batch, step)
+        for defense, step in hooked:
+            found = defense.perturb(batch, step)
+            if found is not None:
+                batch.x_adv = found.detach()
+        forward = Forward(model, batch)
+        with ExitStack() as stack:
+            for defense, step in hooked:
+                stack.enter_context(defense.around_step(batch, forward, step))
+            loss = total_loss(batch, forward, hooked)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        right = (forward.adversarial().detach().argmax(1) == batch.y).sum()
+    optimizer.step()
+    for defense, step in hooked:
+        defense.after_step(step)
+    return loss.detach(), right
+
+
+def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
+    """Return the mean main loss, weighted where the batch has weights, plus every penalty."""
+    losses: Tensor | None = None
+    for defense, step in hooked:
+        owned = defense.objective(batch, forward, step)
+        losses = owned if owned is not None else losses
+    if losses is None:
+        target = batch.y if batch.target is None else batch.target
+        losses = functional.cross_entropy(forward.adversarial().float(), target, reduction="none")
+    loss = losses.mean() if batch.weight is None else (losses * batch.weight).sum() / batch.weight.sum()
+    for defense, step in hooked:
+        penalty = defense.penalty(batch, forward, step)
+        loss = loss if penalty is None else loss + penalty
+    return loss

@@ -1,0 +1,59 @@
+"""Clean and attacked accuracy on the validation split, after each epoch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.attacks.threat import Threat
+from robustkit.data.split import Split
+from robustkit.defenses.inner import pgd_examples
+from robustkit.train.modes import attack_mode
+
+BATCH = 500
+ROBUST_EXAMPLES = 500
+ROBUST_STEPS = 10
+SUBSET_SEED = 20_260_103
+
+
+def clean_accuracy(model: nn.Module, split: Split, device: torch.device) -> float:
+    """Return the accuracy on a split, in eval mode."""
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    with attack_mode(model), torch.no_grad():
+        for start in range(0, len(split), BATCH):
+            x = split.images[start : start + BATCH].to(device).to(torch.float32).div_(255)
+            y = split.labels[start : start + BATCH].to(device)
+            right += (model(x).argmax(1) == y).sum()
+    return int(right) / max(1, len(split))
+
+
+def robust_subset(split: Split) -> Split:
+    """Return at most 500 examples of the validation split, the same ones in every epoch."""
+    generator = torch.Generator().manual_seed(SUBSET_SEED)
+    return split.select(torch.randperm(len(split), generator=generator)[:ROBUST_EXAMPLES])
+
+
+def robust_accuracy(
+    model: nn.Module, split: Split, threat: Threat, device: torch.device, *, seed: int
+) -> tuple[float, float]:
+    """Return the accuracy under 10 margin steps from a random start, and under one full sign step.
+
+    The margin loss cannot be fooled by saturated probabilities; the gap between the two shows catastrophic
+    overfitting.
+    """
+    right = torch.zeros(2, dtype=torch.int64, device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    eps = float(threat.eps)
+    for start in range(0, len(split), BATCH):
+        x = split.images[start : start + BATCH].to(device).to(torch.float32).div_(255)
+        y = split.labels[start : start + BATCH].to(device)
+        many = pgd_examples(model, x, y, threat, steps=ROBUST_STEPS, alpha=eps / 4, generator=generator, loss="margin")
+        single = pgd_examples(model, x, y, threat, steps=1, alpha=eps, generator=generator, start=False)
+        right += torch.stack([_right(model, x_adv, y) for x_adv in (many, single)])
+    accuracies = (right.to(torch.float64) / max(1, len(split))).tolist()
+    return accuracies[0], accuracies[1]
+
+
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with attack_mode(model), torch.no_grad():
+        return (model(x).argmax(1) == y).sum()

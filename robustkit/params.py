@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -63,3 +63,5 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeVali
 PositiveInt = Annotated[int, Field(gt=0, strict=True), BeforeValidator(_to_integer)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_to_integer)]
 PathStr = Annotated[str, Field(min_length=1)]
+Schedule = Literal["one_shot", "cubic"]
+"""How a pruning method reaches its sparsity: at once, or along Zhu and Gupta's cubic schedule."""

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from robustkit import registry
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.gradient import Pgd
+from robustkit.attacks.noise import Noise
+from robustkit.attacks.threat import Attack, Threat
 from robustkit.checkpoint import StateFile
-from robustkit.compress.costs import measure_costs
+from robustkit.compress.costs import measure_costs, measure_latency, notes_of
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.data.load import load_dataset
 from robustkit.data.split import Dataset, Split
 from robustkit.evaluate.attacked import attack_outcome, clean_outcome
+from robustkit.evaluate.checks import preflight
+from robustkit.evaluate.curve import security_curve
 from robustkit.evaluate.outcome import Outcome
 from robustkit.models.artefact import load_model, save_model
 from robustkit.models.build import build_model
@@ -35,6 +39,8 @@ MODEL = "model.safetensors"
 LAST = "last.safetensors"
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"
+CURVE_STEPS = 10
+CURVE_TRIES = 4
 SUBSET_SEED = 20_190_220
 """Fixed, so that every run of every recipe attacks the same test examples."""
 
@@ -177,7 +183,7 @@ class Workbench:
             )
 
     def _keeper(self, variant: VariantSpec, step: Step, data: Dataset) -> MaskKeeper | None:
-        inherit = variant.parent is not None
+        inherit = self._compressed(variant.parent)
         if not variant.compress and not inherit:
             return None
         return MaskKeeper(
@@ -187,6 +193,15 @@ class Workbench:
             example=torch.zeros(2, *data.shape),
             threat=threat_of(variant.threat),
         )
+
+    def _compressed(self, label: str | None) -> bool:
+        """Say whether a variant or one that it descends from is compressed: then its zeros are inherited."""
+        while label is not None:
+            variant = self.recipe.variant(label)
+            if variant.compress:
+                return True
+            label = variant.parent
+        return False
 
     def _defenses(self, variant: VariantSpec, keeper: MaskKeeper | None) -> list[tuple[str, Defense]]:
         named: list[tuple[str, Defense]] = []
@@ -206,6 +221,8 @@ class Workbench:
         costs = measure_costs(self.model(fit_key), self.any_dataset().shape, self.store.step(fit_key) / MODEL)
         values = asdict(costs)
         values["layers"] = [layer.model_dump() for layer in costs.layers]
+        values["notes"] = notes_of(costs)
+        values["classes"] = list(self.any_dataset().classes)
         self.store.finish(step.key, values)
 
     def _clean(self, step: Step) -> None:
@@ -297,6 +314,49 @@ class Workbench:
             seconds=float(record.get("seconds", 0.0)),
             projected=int(record.get("projected", 0)),
         )
+
+    def _curve(self, step: Step) -> None:
+        recipe, test = self.recipe, self.test()
+        model, clean = self.model(step.parents[0]), self.read_outcome(step.parents[1])
+        attacks: dict[str, Attack] = {"pgd": Pgd(steps=CURVE_STEPS), "noise": Noise(tries=CURVE_TRIES)}
+        correct = {
+            name: security_curve(
+                model,
+                test.images,
+                test.labels,
+                attack,
+                recipe.threat.norm,
+                recipe.evaluate.eps_curve,
+                clean=clean,
+                seed=derive_seed(step.seed, step.key, name),
+                batch_size=recipe.evaluate.batch_size,
+                device=self.device,
+            )
+            for name, attack in attacks.items()
+        }
+        record = {"eps": list(recipe.evaluate.eps_curve), "correct": correct, "n": len(test)}
+        self.store.finish(step.key, record)
+
+    def _checks(self, step: Step) -> None:
+        test = self.test()
+        flags = preflight(
+            self.model(step.parents[0]),
+            test.images,
+            test.labels,
+            threat_of(self.recipe.threat),
+            seed=derive_seed(step.seed, step.key),
+            device=self.device,
+        )
+        self.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags]})
+
+    def _latency(self, step: Step, skip: set[str]) -> None:
+        keys = [key for key in dict.fromkeys(step.parents) if key not in skip]
+        models = {key: self._load(key) for key in keys}
+        measured = measure_latency(models, self.any_dataset().shape, self.device) if models else {}
+        latency = {
+            key: {batch: value.model_dump() for batch, value in found.items()} for key, found in measured.items()
+        }
+        self.store.finish(step.key, {"latency": latency})
 
     def _warn(self, message: str) -> None:
         self.events("warning", {"message": message})

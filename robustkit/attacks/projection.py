@@ -24,3 +24,16 @@ def l2_norm(x: Tensor) -> Tensor:
     """Return the L2 norm of each example of x (N, ...), shaped (N, 1, ..., 1) and never below 1e-12."""
     norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(1e-12)
     return norm.view(-1, *[1] * (x.dim() - 1))
+
+
+def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+    """Return x (N, ...) plus a uniform draw from the threat's linf or l2 ball, kept in [0, 1]."""
+    if threat.norm == "linf":
+        delta = torch.empty_like(x).uniform_(-1, 1, generator=generator) * threat.eps_for(x)
+    else:
+        direction = torch.empty_like(x).normal_(generator=generator)
+        # The radius of a uniform point of a d-dimensional ball is distributed as U**(1/d).
+        share = torch.empty_like(threat.eps_for(x), memory_format=torch.contiguous_format).uniform_(generator=generator)
+        radius = threat.eps_for(x) * share.pow(1 / max(1, x[0].numel() if len(x) else 1))
+        delta = direction / l2_norm(direction) * radius
+    return (x + project_(delta, threat)).clamp(0, 1)

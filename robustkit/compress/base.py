@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.masks import Masks
-
-Schedule = Literal["one_shot", "cubic"]
+from robustkit.params import Schedule
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from robustkit.compress.base import CompressContext, Schedule
+from robustkit.compress.base import CompressContext
 from robustkit.compress.masks import Masks
 from robustkit.errors import ModelError
-from robustkit.params import Fraction, PositiveInt
+from robustkit.params import Fraction, PositiveInt, Schedule
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

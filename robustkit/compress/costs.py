@@ -17,7 +17,7 @@ from robustkit.compress.masks import prunable
 from robustkit.results import Latency, LayerSparsity
 
 GZIP_LEVEL = 6
-SECONDS_EACH = 1.5
+SECONDS_EACH = 0.5
 WARMUP = 3
 MIN_RUNS = 5
 
@@ -85,7 +85,7 @@ def measure_latency(
     """Return {model: {"batch_1": ..., "batch_256": ...}} in milliseconds a batch, runs interleaved over the models.
 
     One run of each model in turn, so that a machine that drifts slows all of them alike. At least 5 runs, at most
-    `runs`, within about 1.5 s a model and batch size; `Latency.runs` says how many there were.
+    `runs`, within about half a second a model and batch size; `Latency.runs` says how many there were.
     """
     found: dict[str, dict[str, Latency]] = {name: {} for name in models}
     for batch in batch_sizes:

@@ -80,9 +80,7 @@ def sparsity_of(model: nn.Module) -> float:
 def hooked_names(module: nn.Module) -> list[str]:
     """Return the tensor names of a module that torch.nn.utils.prune hooks rebuild at each forward."""
     return [
-        hook._tensor_name
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, prune.BasePruningMethod)
+        hook._tensor_name for hook in module._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)
     ]
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from robustkit.compress.base import CompressContext, Schedule
+from robustkit.compress.base import CompressContext
 from robustkit.compress.masks import Masks, prunable
 from robustkit.errors import ModelError
-from robustkit.params import Fraction, PositiveInt
+from robustkit.params import Fraction, PositiveInt, Schedule
 
 Scores = dict[str, Tensor]
 

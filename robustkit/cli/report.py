@@ -1,0 +1,23 @@
+"""`robustkit report`: write a run's report again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from robustkit.report.terminal import print_summary
+from robustkit.report.write import write_report
+from robustkit.results import read_results
+
+
+@click.command("report", epilog="Example: robustkit report runs/quickstart")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--quiet", "-q", is_flag=True, help="Print the report's path only.")
+def command(run: Path, quiet: bool) -> None:
+    """Write the report of RUN (a run's folder) again from its results.json, and print the summary."""
+    report = write_report(run)
+    if not quiet:
+        print_summary(read_results(run / "results.json"), Console())
+    click.echo(f"report: {report}")

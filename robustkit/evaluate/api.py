@@ -1,0 +1,179 @@
+"""`robustkit.evaluate`: how robust is this model on these images?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from robustkit import registry, stats
+from robustkit.attacks.threat import Attack, Threat
+from robustkit.errors import UsageError
+from robustkit.evaluate.attacked import as_images, attack_outcome, clean_outcome
+from robustkit.evaluate.checks import preflight
+from robustkit.evaluate.compare import compare_flags
+from robustkit.evaluate.outcome import Outcome
+from robustkit.results import Flag, Rate
+
+AttackSpec = str | Mapping[str, Mapping[str, Any] | None] | Attack
+Model = nn.Module | Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Evaluation:
+    """Accuracies with 95 % intervals, what each attack did, and the doubts about it."""
+
+    clean: Rate
+    worst: Rate
+    """Share of examples that are right under every attack."""
+    attacks: dict[str, Rate]
+    outcomes: dict[str, Outcome]
+    flags: list[Flag]
+    threat: Threat
+    correct: NDArray[np.bool_] = field(repr=False)
+    """Per example: right under every attack."""
+
+    def __str__(self) -> str:
+        rows = [("clean", self.clean), *self.attacks.items(), ("worst", self.worst)]
+        lines = [f"{name:12} {rate.value:7.2%}  [{rate.low:.2%}, {rate.high:.2%}]" for name, rate in rows]
+        lines += [f"{flag.severity}: {flag.id}: {flag.message}" for flag in self.flags]
+        return "\n".join(lines)
+
+
+class _Called(nn.Module):
+    """Any callable as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def evaluate(
+    model: Model,
+    x: Tensor | NDArray[Any],
+    y: Tensor | NDArray[Any],
+    *,
+    threat: Threat,
+    attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | None] = ("fgsm", "pgd"),
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Evaluation:
+    """Attack a model and return its clean and attacked accuracy with intervals, costs and flags.
+
+    `model` maps images in [0, 1] to logits (N, classes), N >= 1; any callable will do. x (N, ...): floats in [0, 1] or
+    uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), or objects with the
+    Attack protocol. The model and all global generators are left exactly as they were, also when an attack raises.
+
+    Raises:
+        UsageError: images outside [0, 1], labels that do not fit, an unknown attack or parameter.
+        AttackError: an attack cannot run on this model or threat.
+    """
+    module = model if isinstance(model, nn.Module) else _Called(model)
+    images, labels = _checked(x, y)
+    device = next((one.device for one in module.parameters()), images.device)
+    made = make_attacks(attacks)
+    clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
+    outcomes: dict[str, Outcome] = {}
+    for label, (_, attack) in made.items():
+        outcomes[label] = attack_outcome(
+            module,
+            images,
+            labels,
+            attack,
+            threat,
+            clean=clean,
+            seed=seed,
+            label=label,
+            batch_size=batch_size,
+            device=device,
+        )
+    return _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
+
+
+def _evaluation(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    clean: Outcome,
+    outcomes: dict[str, Outcome],
+    made: Mapping[str, tuple[str, Attack]],
+    seed: int,
+    device: torch.device,
+) -> Evaluation:
+    correct = {"clean": clean.correct, **{label: outcome.correct for label, outcome in outcomes.items()}}
+    worst = np.logical_and.reduce(list(correct.values()))
+    flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
+    flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
+    for label, (_, attack) in made.items():
+        notes = getattr(attack, "notes", ())
+        flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in notes]
+    return Evaluation(
+        clean=clean.rate,
+        worst=stats.clopper_pearson(int(worst.sum()), int(worst.size)),
+        attacks={label: outcome.rate for label, outcome in outcomes.items()},
+        outcomes={"clean": clean, **outcomes},
+        flags=flags,
+        threat=threat,
+        correct=worst,
+    )
+
+
+def _checked(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any]) -> tuple[Tensor, Tensor]:
+    images = as_images(torch.as_tensor(x))
+    labels = torch.as_tensor(y)
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
+        raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}; class numbers (N,) are needed")
+    if len(labels) != len(images):
+        raise UsageError(f"{len(images)} images but {len(labels)} labels")
+    if not len(labels):
+        raise UsageError("no images to evaluate on")
+    if int(labels.min()) < 0:
+        raise UsageError(f"labels start at {int(labels.min())}; class numbers start at 0")
+    return images, labels.to(torch.int64)
+
+
+def make_attacks(
+    specs: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | None],
+) -> dict[str, tuple[str, Attack]]:
+    """Return {label: (plugin name, attack)} for names, `{name: parameters}` and objects."""
+    items: Iterable[AttackSpec] = (
+        [{name: values} for name, values in specs.items()] if isinstance(specs, Mapping) else specs
+    )
+    if isinstance(specs, str):
+        items = [specs]
+    made: dict[str, tuple[str, Attack]] = {}
+    for item in items:
+        label, name, attack = _one(item)
+        if label in made or label in ("clean", "worst"):
+            raise UsageError(f"two attacks are called {label!r}; give one another label: {{{name!r}: {{'as': ...}}}}")
+        made[label] = (name, attack)
+    return made
+
+
+def _one(item: AttackSpec) -> tuple[str, str, Attack]:
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping):
+        if not callable(item):
+            raise UsageError(f"{item!r} is no attack: a name, {{name: parameters}} or a callable is needed")
+        name = type(item).__name__.lower()
+        return getattr(item, "label", None) or name, name, item
+    if len(item) != 1:
+        raise UsageError("an attack is written {name: parameters}, one name each")
+    name, given = next(iter(item.items()))
+    values = dict(given or {})
+    label = str(values.pop("as", name))
+    entry = registry.find("attack", name)
+    clean, mistakes = registry.check_parameters(entry, values)
+    if mistakes:
+        raise UsageError(f"attack {name}: " + "; ".join(message for _, message in mistakes))
+    return label, name, cast(Attack, registry.create(entry, clean))

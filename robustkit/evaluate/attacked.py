@@ -1,0 +1,144 @@
+"""Clean and attacked accuracy of one model, example by example."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustkit.attacks.counting import CountedModel
+from robustkit.attacks.threat import Attack, Threat
+from robustkit.errors import AttackError, UsageError
+from robustkit.evaluate.outcome import Outcome
+from robustkit.evaluate.undisturbed import undisturbed
+from robustkit.seeding import derive_seed
+
+RELATIVE_SLACK = 1e-4
+ABSOLUTE_SLACK = 1e-6
+Progress = Callable[[int, int], None]
+
+
+def as_images(x: Tensor) -> Tensor:
+    """Return images as float32 in [0, 1]: uint8 is scaled, floats are checked.
+
+    Raises:
+        UsageError: values outside [0, 1]; normalization belongs into the model.
+    """
+    if x.dtype == torch.uint8:
+        return x.to(torch.float32).div_(255)
+    if not x.is_floating_point():
+        raise UsageError(f"images are {x.dtype}; uint8, or floats in [0, 1], are needed")
+    if x.numel():
+        low, high = (float(value) for value in torch.aminmax(x.detach()))
+        if not (low >= -ABSOLUTE_SLACK and high <= 1 + ABSOLUTE_SLACK):
+            raise UsageError(
+                f"images lie in [{low:.3g}, {high:.3g}], not in [0, 1]; give raw images and put the normalization "
+                "into the model, e.g. robustkit.models.normalized.Normalized(model, mean, std)"
+            )
+    return x.detach().to(torch.float32)
+
+
+def distances(delta: Tensor, norm: str) -> Tensor:
+    """Return the norm of each example's change (N,)."""
+    flat = delta.flatten(1)
+    order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[norm]
+    return torch.linalg.vector_norm(flat, ord=order, dim=1)
+
+
+def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, device: torch.device) -> Outcome:
+    """Return the outcome without an attack."""
+    started = time.perf_counter()
+    predictions = []
+    with undisturbed(model), torch.no_grad():
+        for first in range(0, len(y), batch_size):
+            images = as_images(x[first : first + batch_size].to(device))
+            predictions.append(model(images).argmax(1))
+    prediction = torch.cat(predictions).cpu() if predictions else torch.zeros(0, dtype=torch.int64)
+    return Outcome(
+        correct=(prediction == y.cpu()).numpy(),
+        prediction=prediction.numpy(),
+        distance=np.zeros(len(y), dtype=np.float32),
+        forwards=len(y),
+        backwards=0,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def attack_outcome(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    *,
+    clean: Outcome,
+    seed: int,
+    label: str,
+    batch_size: int,
+    device: torch.device,
+    keep: int = 0,
+    on_progress: Progress | None = None,
+) -> Outcome:
+    """Return the outcome of an attack on the examples that the model gets right without it.
+
+    A result counts only if it is finite, within eps (1 + 1e-4) + 1e-6 and in [0, 1], and if the model, asked once more,
+    is wrong on it. The random numbers of a batch come from (seed, label, its first example); they do not depend on what
+    other attacks ran. `keep`: how many of the first examples' images the outcome holds.
+
+    Raises:
+        AttackError: the attack returned something that is no batch of images.
+    """
+    started = time.perf_counter()
+    todo = torch.from_numpy(np.flatnonzero(clean.correct))
+    prediction = torch.from_numpy(clean.prediction.copy())
+    distance = torch.zeros(len(y))
+    projected = torch.zeros((), dtype=torch.int64, device=device)
+    kept = as_images(x[:keep].to("cpu")).clone()
+    with undisturbed(model), torch.enable_grad():
+        counted = CountedModel(model)
+        for first in range(0, len(todo), batch_size):
+            index = todo[first : first + batch_size]
+            images = as_images(x[index.to(x.device)].to(device))
+            labels = y[index.to(y.device)].to(device)
+            generator = torch.Generator(device=device).manual_seed(derive_seed(seed, label, int(index[0])))
+            budget = threat.select(index.to(device)) if isinstance(threat.eps, Tensor) else threat
+            found = attack(counted, images, labels, budget, generator=generator)
+            found, length, outside = audited(found, images, budget, label)
+            with torch.no_grad():
+                answer = counted(found).argmax(1)
+            projected += outside
+            prediction[index], distance[index] = answer.cpu(), length.cpu()
+            shown = index < keep
+            kept[index[shown]] = found[shown.to(device)].cpu()
+            if on_progress is not None:
+                on_progress(min(first + batch_size, len(todo)), len(todo))
+    return Outcome(
+        correct=(prediction == y.cpu()).numpy(),
+        prediction=prediction.numpy(),
+        distance=distance.numpy(),
+        forwards=counted.forwards,
+        backwards=counted.backwards,
+        seconds=time.perf_counter() - started,
+        projected=int(projected),
+        adversarial=kept if keep else None,
+    )
+
+
+def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (images, distances (N,), number of results put back): what is no valid result becomes the clean image."""
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise AttackError(f"attack {label} returned {got} for images {tuple(x.shape)}")
+    found = found.detach().to(x.device, torch.float32)
+    shape = (-1, *[1] * (x.dim() - 1))
+    finite = torch.isfinite(found.flatten(1)).all(1)
+    found = torch.where(finite.view(shape), found, x)
+    boxed = found.clamp(0, 1)
+    off_box = (found - boxed).abs().flatten(1).amax(1) > ABSOLUTE_SLACK
+    length = distances(boxed - x, threat.norm)
+    eps = threat.eps_for(x).flatten()
+    valid = finite & ~off_box & (length <= eps * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK)
+    return torch.where(valid.view(shape), boxed, x), length, (~valid).sum()

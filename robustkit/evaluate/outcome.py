@@ -1,0 +1,35 @@
+"""What one attack did to one model, example by example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustkit import stats
+from robustkit.results import Rate
+
+
+@dataclass
+class Outcome:
+    """One entry an example, in the order of the test data; costs are examples summed over all calls."""
+
+    correct: NDArray[np.bool_]
+    """Whether the model is still right."""
+    prediction: NDArray[np.int64]
+    distance: NDArray[np.float32]
+    """Distance of the returned image in the threat's norm; 0 for examples that were not attacked."""
+    forwards: int
+    backwards: int
+    seconds: float
+    projected: int = 0
+    """Results that left the ball or were not finite, and so did not count."""
+    adversarial: Tensor | None = None
+    """The adversarial images of the first examples, where they were asked for."""
+
+    @property
+    def rate(self) -> Rate:
+        """Accuracy with its interval."""
+        return stats.clopper_pearson(int(self.correct.sum()), int(self.correct.size))

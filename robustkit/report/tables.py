@@ -1,0 +1,167 @@
+"""Rows of the report's tables, as text: the same in the terminal, in Markdown and in HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from robustkit import stats
+from robustkit.results import GateResult, Latency, Paired, Rate, Results, VariantResult
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """Return a fraction of 1 in percent, without the sign."""
+    return f"{100 * value:.{digits}f}"
+
+
+def half_width(rate: Rate) -> float:
+    """Return the longer arm of an interval."""
+    return max(rate.high - rate.value, rate.value - rate.low)
+
+
+def rate_text(rate: Rate) -> str:
+    """Return `43.0 ±3.1`, in percent."""
+    return f"{percent(rate.value)} ±{percent(half_width(rate))}"
+
+
+def size_text(count: float) -> str:
+    """Return bytes as `1.2 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def count_text(count: float) -> str:
+    """Return a number as `1.2 M`."""
+    for unit in ("", "k", "M", "G"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} T"
+
+
+def paired_text(paired: Paired | None) -> str:
+    """Return `+43.0 [39.9, 46.1]`, or with `within noise` where the interval holds zero."""
+    if paired is None:
+        return ""
+    text = f"{100 * paired.difference:+.1f} [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+    return f"{text} within noise" if within_noise(paired) else text
+
+
+def within_noise(paired: Paired) -> bool:
+    """Say whether a difference may be chance: its interval holds zero, or the exact test says p >= 0.05."""
+    return paired.low <= 0 <= paired.high or paired.p >= 0.05
+
+
+def latency_text(row: VariantResult, batch: str) -> str:
+    """Return the median latency with its quartiles, in milliseconds."""
+    value: Latency | None = row.latency.get(batch)
+    if value is None:
+        return ""
+    return f"{value.median:.3g} ms ({value.q1:.3g}-{value.q3:.3g})"
+
+
+def attack_labels(results: Results) -> list[str]:
+    """Return the attacks of a run in the order of the recipe."""
+    return list(dict.fromkeys(label for row in results.variants for label in row.attacks))
+
+
+def multiple_seeds(results: Results) -> bool:
+    """Say whether variants were run under more than one seed."""
+    return len({row.seed for row in results.variants}) > 1
+
+
+def display_name(row: VariantResult, results: Results) -> str:
+    """Return the variant's name, with its seed where there are several."""
+    return f"{row.name} (seed {row.seed})" if multiple_seeds(results) else row.name
+
+
+def tree_order(results: Results) -> list[VariantResult]:
+    """Return the rows with each child after its parent, seed after seed."""
+    ordered: list[VariantResult] = []
+
+    def add(row: VariantResult) -> None:
+        ordered.append(row)
+        for child in results.variants:
+            if child.parent == row.name and child.seed == row.seed:
+                add(child)
+
+    present = {(row.name, row.seed) for row in results.variants}
+    for row in results.variants:
+        if row.parent is None or (row.parent, row.seed) not in present:
+            add(row)
+    return ordered
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One variant over its seeds: mean, lowest and highest of clean and worst-case accuracy."""
+
+    name: str
+    seeds: int
+    clean: float
+    clean_spread: float
+    worst: float
+    worst_spread: float
+
+
+def spreads(results: Results) -> list[Spread]:
+    """Return one row a variant over its seeds; empty with a single seed."""
+    if not multiple_seeds(results):
+        return []
+    found = []
+    for name in dict.fromkeys(row.name for row in results.variants):
+        rows = [row for row in results.variants if row.name == name]
+        clean, clean_spread = stats.mean_and_spread([row.clean.value for row in rows])
+        worst, worst_spread = stats.mean_and_spread([row.worst.value for row in rows])
+        found.append(Spread(name, len(rows), clean, clean_spread, worst, worst_spread))
+    return found
+
+
+def gate_text(gate: GateResult) -> str:
+    """Return the two sides of a gate as measured."""
+    if gate.left < 0 and gate.right < 0:
+        return "not measured"
+    return f"{gate.left:.4g} against {gate.right:.4g}"
+
+
+def to_csv(results: Results) -> str:
+    """Return one line a variant and seed, accuracies as fractions of 1."""
+    labels = attack_labels(results)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    head = ["name", "seed", "parent", "method", "clean", "clean_low", "clean_high", "worst", "worst_low", "worst_high"]
+    head += [f"attack:{label}" for label in labels]
+    head += ["n", "parameters", "nonzero", "sparsity", "bytes", "gzip_bytes", "macs", "latency_batch_1_ms"]
+    head += ["latency_batch_256_ms", "forwards", "backwards", "seconds", "train_seconds", "flags"]
+    writer.writerow(head)
+    for row in results.variants:
+        attacks = [row.attacks[label].value if label in row.attacks else "" for label in labels]
+        writer.writerow(
+            [
+                *map(_cell, [row.name, row.seed, row.parent or "", row.method]),
+                *[row.clean.value, row.clean.low, row.clean.high, row.worst.value, row.worst.low, row.worst.high],
+                *attacks,
+                *[row.clean.n, row.parameters, row.nonzero, row.sparsity, row.bytes, row.gzip_bytes, row.macs],
+                *[row.latency_ms.get("batch_1", ""), row.latency_ms.get("batch_256", "")],
+                *[row.forwards, row.backwards, row.seconds, row.train_seconds],
+                " ".join(f"{flag.severity}:{flag.id}" for flag in row.flags),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def _cell(value: object) -> object:
+    """Keep spreadsheets from taking a text for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def plain_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)

@@ -210,7 +210,7 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags += compare_flags(one.correct, kinds)
     for label, record in one.attacks.items():
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in record["notes"]]
-        if record.get("projected"):
+        if record.get("projected") and not record.get("minimum_norm"):
             message = f"{label}: {record['projected']} results left the ball or the box and were not counted"
             flags.append(Flag(id="budget", severity="note", message=message))
     return flags

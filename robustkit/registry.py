@@ -231,7 +231,12 @@ def parameters(entry: Entry) -> tuple[Parameter, ...]:
         return parameters_of_object(_registered.objects[entry.kind, entry.name])
     if entry.file is None:
         return ()
-    return read_parameters(entry.file, entry.attribute, untyped=entry.origin != "builtin")
+    found = read_parameters(entry.file, entry.attribute, untyped=entry.origin != "builtin")
+    if entry.origin == "torchattacks":
+        from robustkit.attacks.torchattacks_table import FIXED_BY_ROBUSTKIT
+
+        return tuple(one for one in found if one.name not in FIXED_BY_ROBUSTKIT)
+    return found
 
 
 def check_parameters(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -259,7 +259,8 @@ class Workbench:
             self._write_gallery(step, model, outcome.adversarial)
             files = (OUTCOME, GALLERY)
         notes = [str(note) for note in getattr(attack, "notes", ())]
-        self._finish_outcome(step, outcome, {"notes": notes}, files)
+        expected = bool(getattr(attack, "minimum_norm", False))
+        self._finish_outcome(step, outcome, {"notes": notes, "minimum_norm": expected}, files)
 
     def _write_gallery(self, step: Step, model: nn.Module, adversarial: Tensor) -> None:
         count = len(adversarial)

@@ -1,0 +1,92 @@
+"""The JSON schema of recipes, made from the plugins that are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from robustkit import registry
+
+NUMBER = {"type": ["number", "string"]}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return a JSON schema (draft 2020-12) with every plugin and its parameters."""
+    train = _object(
+        {
+            "epochs": {"type": "integer", "minimum": 1},
+            "batch_size": {"type": "integer", "minimum": 1},
+            "validation": NUMBER,
+            "select": {"enum": ["auto", "clean", "robust", "last"]},
+            "precision": {"enum": ["auto", "fp32", "bf16"]},
+            "compile": {"type": "boolean"},
+            "memory_limit": {"type": "integer"},
+            "guards": {"type": "boolean"},
+            "optimizer": _use("optimizer"),
+            "schedule": _use("schedule"),
+            "augment": {"type": "array", "items": _use("augmentation")},
+        }
+    )
+    threat = _object({"norm": {"enum": ["linf", "l2", "l1"]}, "eps": NUMBER})
+    variant = _object(
+        {
+            "matrix": {"type": "object"},
+            "from": {"type": "string"},
+            "model": _use("model"),
+            "threat": threat,
+            "defenses": {"type": "array", "items": _use("defense")},
+            "compress": {"type": "array", "items": _use("compressor")},
+            "train": {"anyOf": [train, {"type": "null"}]},
+        }
+    )
+    evaluate = _object(
+        {
+            "examples": {"type": "integer", "minimum": 1},
+            "batch_size": {"type": "integer", "minimum": 1},
+            "attacks": {"type": "array", "items": _use("attack")},
+            "eps_curve": {"type": "array", "items": NUMBER},
+            "latency": {"type": "boolean"},
+            "gallery": {"type": "integer", "minimum": 0, "maximum": 64},
+        }
+    )
+    gate = {"anyOf": [{"type": "string"}, _object({"gate": {"type": "string"}, "confident": {"type": "boolean"}})]}
+    whole = _object(
+        {
+            "name": {"type": "string"},
+            "seed": {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
+            "device": {"type": "string"},
+            "data": _use("data"),
+            "model": _use("model"),
+            "threat": threat,
+            "train": train,
+            "variants": {"type": "object", "additionalProperties": {"anyOf": [variant, {"type": "null"}]}},
+            "evaluate": evaluate,
+            "gates": {"type": "array", "items": gate},
+            "plugins": {"type": "array", "items": {"type": "string"}},
+        }
+    )
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "robustkit recipe"}
+    return {**head, **whole, "required": ["data", "model", "variants"]}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _use(kind: registry.Kind) -> dict[str, Any]:
+    known = {
+        name: {"anyOf": [_parameters(registry.find(kind, name)), {"type": "null"}]} for name in registry.names(kind)
+    }
+    written = {"type": "object", "properties": known, "minProperties": 1, "maxProperties": 1}
+    return {"anyOf": [{"type": "string"}, written]}
+
+
+def _parameters(entry: registry.Entry) -> dict[str, Any]:
+    properties: dict[str, Any] = {"as": {"type": "string"}}
+    required = []
+    for parameter in registry.parameters(entry):
+        properties[parameter.name] = {"description": parameter.annotation}
+        if parameter.required:
+            required.append(parameter.name)
+        elif isinstance(parameter.default, str | int | float | bool):
+            properties[parameter.name]["default"] = parameter.default
+    return {**_object(properties), "required": required}

@@ -1,0 +1,100 @@
+"""Adversarial images as PNG data URIs: clean, attacked, and the change ten times as strong."""
+
+from __future__ import annotations
+
+import base64
+import io
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkit.errors import UsageError
+from robustkit.results import Results, VariantResult
+
+SCALE = 10
+MAX_IMAGES = 8
+MAX_ROWS = 16
+SIDE = 64
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One example: three images as data URIs, and what the model said."""
+
+    clean: str
+    adversarial: str
+    change: str
+    label: str
+    before: str
+    after: str
+    fooled: bool
+    norm: str
+
+
+def galleries(run: Path, results: Results) -> list[tuple[VariantResult, list[Picture]]]:
+    """Return the pictures of each variant that has any (first seed, at most 16 variants).
+
+    Raises:
+        UsageError: a gallery's file is broken.
+    """
+    found = []
+    first = results.variants[0].seed if results.variants else 0
+    for row in results.variants:
+        if row.gallery and row.seed == first and len(found) < MAX_ROWS:
+            found.append((row, _pictures(_inside(run, row.gallery), results)))
+    return found
+
+
+def _inside(run: Path, name: str) -> Path:
+    path = (run / name).resolve()
+    if not path.is_relative_to(run.resolve()):
+        raise UsageError(f"{run / 'results.json'}: names a file outside of the run: {name}")
+    return path
+
+
+def _pictures(path: Path, results: Results) -> list[Picture]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            data = {name: arrays[name] for name in arrays.files}
+        return [_picture(data, number, results) for number in range(min(MAX_IMAGES, len(data["label"])))]
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(f"{path}: broken gallery: {error}") from error
+
+
+def _picture(data: dict[str, NDArray[np.generic]], number: int, results: Results) -> Picture:
+    clean = np.asarray(data["clean"][number], dtype=np.float32) / 255
+    adversarial = np.asarray(data["adversarial"][number], dtype=np.float32)
+    label = int(data["label"][number])  # type: ignore[call-overload]
+    before, after = (int(data[f"prediction_{which}"][number]) for which in ("clean", "adversarial"))  # type: ignore[call-overload]
+    sure = [float(data[f"confidence_{which}"][number]) for which in ("clean", "adversarial")]  # type: ignore[arg-type]
+    return Picture(
+        clean=data_uri(clean),
+        adversarial=data_uri(adversarial),
+        change=data_uri(0.5 + SCALE * (adversarial - clean) / 2),
+        label=_class(label, results),
+        before=f"{_class(before, results)} {sure[0]:.0%}",
+        after=f"{_class(after, results)} {sure[1]:.0%}",
+        fooled=after != label,
+        norm=f"{float(data['norm'][number]):.3g}",  # type: ignore[arg-type]
+    )
+
+
+def _class(number: int, results: Results) -> str:
+    return results.classes[number] if 0 <= number < len(results.classes) else str(number)
+
+
+def data_uri(image: NDArray[np.float32]) -> str:
+    """Return an image (C, H, W) in [0, 1] as a PNG data URI of at most 64 pixels a side."""
+    from PIL import Image
+
+    pixels = (np.clip(np.nan_to_num(image), 0, 1) * 255).round().astype(np.uint8)
+    picture = Image.fromarray(pixels[0]) if pixels.shape[0] != 3 else Image.fromarray(pixels.transpose(1, 2, 0))
+    if max(picture.size) > SIDE:
+        picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

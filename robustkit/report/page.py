@@ -1,0 +1,199 @@
+"""report.html and report.md from the same values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from robustkit.report.gallery import Picture
+from robustkit.report.tables import (
+    attack_labels,
+    count_text,
+    display_name,
+    gate_text,
+    latency_text,
+    multiple_seeds,
+    paired_text,
+    percent,
+    plain_rows,
+    rate_text,
+    size_text,
+    spreads,
+    tree_order,
+    within_noise,
+)
+from robustkit.report.verdict import verdict
+from robustkit.results import Results, VariantResult
+
+CAPTIONS = {
+    "tradeoff": "Worst case against clean accuracy, with 95 % intervals; arrows lead from a parent to its child.",
+    "curves": "Security curves: accuracy under PGD as eps grows, with 95 % bands; dashed: random noise of that size.",
+    "size": "Worst case against size and speed; ringed: the Pareto front of worst case and gzipped bytes.",
+    "attacks": "Accuracy (%) under each attack; outlined: the strongest attack of each row.",
+    "classes": "Worst-case accuracy (%) of each class; outlined: the worst class of each row.",
+    "training": "Training: loss, clean and attacked accuracy on the validation split.",
+}
+
+
+def context(
+    run: Path, results: Results, figures: Mapping[str, str], pictures: list[Any], recipe: str
+) -> dict[str, Any]:
+    """Return what the templates read."""
+    rows = tree_order(results)
+    return {
+        "results": results,
+        "name": results.name or run.name,
+        "rows": rows,
+        "labels": attack_labels(results),
+        "verdict": verdict(results),
+        "spreads": spreads(results),
+        "seeds": multiple_seeds(results),
+        "figures": {name: _unique_ids(svg, name) for name, svg in figures.items()},
+        "captions": CAPTIONS,
+        "pictures": pictures,
+        "recipe": recipe,
+        "flags": [(row, flag) for row in rows for flag in row.flags],
+        "notes": [(row, note) for row in rows for note in row.notes],
+        "sparse": [row for row in rows if row.sparsity > 0.001],
+        "provenance": list(_flat(results.provenance)),
+        "worst_class": worst_class,
+    }
+
+
+def worst_class(row: VariantResult) -> str:
+    """Return the class with the lowest worst-case accuracy."""
+    values = row.per_class.get("worst", {})
+    if not values:
+        return ""
+    name = min(values, key=lambda key: values[key])
+    return f"{name} {percent(values[name])}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key}.")
+        else:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found.append((f"{prefix}{key}", text))
+    return found
+
+
+def _unique_ids(svg: str, prefix: str) -> str:
+    """Ids must differ between the charts of one page."""
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(xlink:href|href)="#', rf'\1="#{prefix}-', svg)
+    return re.sub(r"url\(#", f"url(#{prefix}-", svg)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("robustkit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "rate": rate_text,
+        "size": size_text,
+        "count": count_text,
+        "paired": paired_text,
+        "gate": gate_text,
+    }
+    environment.globals |= {"latency": latency_text, "display": display_name, "within_noise": within_noise}
+    return environment
+
+
+def to_html(values: Mapping[str, Any]) -> str:
+    """Return the page: one file, nothing fetched, no script."""
+    return _environment().get_template("report.html").render(**values)
+
+
+def to_markdown(values: Mapping[str, Any]) -> str:
+    """Return the same content in Markdown."""
+    results: Results = values["results"]
+    parts = [f"# {values['name']}", "", *values["verdict"], ""]
+    if results.gates:
+        cells = [[gate.text, gate.verdict, gate_text(gate)] for gate in results.gates]
+        parts += ["## Gates", "", plain_rows(["gate", "verdict", "measured"], cells), ""]
+    parts += ["## Variants", "", _summary(values), ""]
+    if values["spreads"]:
+        cells = [
+            [
+                one.name,
+                str(one.seeds),
+                percent(one.clean),
+                percent(one.clean_spread),
+                percent(one.worst),
+                percent(one.worst_spread),
+            ]
+            for one in values["spreads"]
+        ]
+        head = ["variant", "seeds", "clean", "sd", "worst", "sd"]
+        parts += ["## Over seeds", "", plain_rows(head, cells), ""]
+    parts += ["## Figures", "", *[f"![{CAPTIONS[name]}](figures/{name}.svg)\n" for name in values["figures"]]]
+    if values["flags"]:
+        cells = [[display_name(row, results), flag.severity, flag.id, flag.message] for row, flag in values["flags"]]
+        parts += ["## Flags", "", plain_rows(["variant", "severity", "id", "message"], cells), ""]
+    if values["notes"]:
+        cells = [[display_name(row, results), note] for row, note in values["notes"]]
+        parts += ["## Notes", "", plain_rows(["variant", "note"], cells), ""]
+    parts += ["## Cost", "", _cost(values), ""]
+    parts += ["## Provenance", "", plain_rows(["what", "value"], [list(pair) for pair in values["provenance"]]), ""]
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", values["recipe"])), default=0))
+    parts += ["## Recipe", "", f"{fence}yaml", values["recipe"].rstrip(), fence, ""]
+    return "\n".join(parts)
+
+
+def _summary(values: Mapping[str, Any]) -> str:
+    results: Results = values["results"]
+    head = ["variant", "method", "clean", *values["labels"], "worst", "vs parent", "p", "non-zero", "bytes", "gzip"]
+    head += ["MACs", "batch 1", "batch 256"]
+    cells = []
+    for row in values["rows"]:
+        attacks = [rate_text(row.attacks[label]) if label in row.attacks else "" for label in values["labels"]]
+        name = "&nbsp;&nbsp;" * row.depth + display_name(row, results)
+        p = f"{row.versus_parent.p:.2g}" if row.versus_parent else ""
+        cells.append(
+            [
+                name,
+                row.method,
+                rate_text(row.clean),
+                *attacks,
+                f"**{rate_text(row.worst)}**",
+                paired_text(row.versus_parent),
+                p,
+                count_text(row.nonzero),
+                size_text(row.bytes),
+                size_text(row.gzip_bytes),
+                count_text(row.macs),
+                latency_text(row, "batch_1"),
+                latency_text(row, "batch_256"),
+            ]
+        )
+    return plain_rows(head, cells)
+
+
+def _cost(values: Mapping[str, Any]) -> str:
+    results: Results = values["results"]
+    cells = [
+        [
+            display_name(row, results),
+            count_text(row.forwards),
+            count_text(row.backwards),
+            f"{row.seconds:.1f}",
+            f"{row.train_seconds:.1f}",
+        ]
+        for row in values["rows"]
+    ]
+    return plain_rows(["variant", "forwards", "backwards", "attack seconds", "training seconds"], cells)
+
+
+__all__ = ["Picture", "context", "to_html", "to_markdown"]

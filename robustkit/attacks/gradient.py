@@ -3,38 +3,69 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.active import survivors
 from robustkit.attacks.losses import LOSSES, LossName, margin
-from robustkit.attacks.projection import l2_norm, project_, random_start
+from robustkit.attacks.projection import l2_norm, random_start, within
 from robustkit.attacks.threat import Threat
-from robustkit.params import Fraction, PositiveInt
+from robustkit.errors import AttackError, UsageError
+from robustkit.params import PositiveFloat, PositiveInt
+
+NO_GRADIENT = (
+    "the model's output has no gradient with respect to the images (rounding, numpy or .detach() on the way?), so a "
+    "gradient attack cannot run; attack by queries, e.g. torchattacks.Square, or attack a differentiable surrogate"
+)
 
 
-def ascent_direction(gradient: Tensor, threat: Threat) -> Tensor:
-    """Return the unit step that raises a linear loss most: the sign for linf, the direction for l2."""
-    return gradient.sign() if threat.norm == "linf" else gradient / l2_norm(gradient)
+def input_gradient(score: Tensor, images: Tensor) -> Tensor:
+    """Return the gradient of a score (one number) with respect to the images it was computed from.
+
+    Raises:
+        AttackError: the score does not depend on the images through autograd.
+    """
+    if not score.requires_grad:
+        raise AttackError(NO_GRADIENT)
+    (gradient,) = torch.autograd.grad(score, images, allow_unused=True)
+    if gradient is None:
+        raise AttackError(NO_GRADIENT)
+    return gradient
 
 
-def within(x: Tensor, adversarial: Tensor, threat: Threat) -> Tensor:
-    """Return the adversarial images moved into the ball around x and into [0, 1]."""
-    return (x + project_(adversarial - x, threat)).clamp(0, 1)
+def steepest(x: Tensor, gradient: Tensor, threat: Threat, length: Tensor) -> Tensor:
+    """Return the change of x (N, ...) that raises a linear loss most; `length` (N, 1, ..., 1) in the threat's norm.
+
+    linf: the sign; l2: the direction; l1: whole pixels, steepest first, each as far as [0, 1] lets it go.
+    """
+    if threat.norm == "linf":
+        return gradient.sign() * length
+    if threat.norm == "l2":
+        return gradient / l2_norm(gradient) * length
+    room = torch.where(gradient > 0, 1 - x, x).flatten(1)
+    order = gradient.flatten(1).abs().argsort(1, descending=True)
+    sorted_room = room.gather(1, order)
+    before = sorted_room.cumsum(1) - sorted_room
+    share = torch.minimum((length.flatten(1) - before).clamp_min(0), sorted_room)
+    return gradient.sign() * torch.zeros_like(room).scatter(1, order, share).view(x.shape)
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, loss: LossName = "ce") -> Tensor:
     """Return x after one step of length eps up the loss (Goodfellow et al. 2015, arXiv 1412.6572, section 4).
 
     x (N, ...) in [0, 1], y (N,). One forward and one backward an example.
+
+    Raises:
+        AttackError: the model's output has no gradient.
     """
     start = x.detach().clone().requires_grad_(True)
-    total = LOSSES[loss](model(start).float(), y).sum()
-    (gradient,) = torch.autograd.grad(total, start)
-    step = ascent_direction(gradient, threat) * threat.eps_for(x)
-    return within(x, x + step, threat)
+    with torch.enable_grad():
+        score = LOSSES[loss](model(start).float(), y).sum()
+    gradient = input_gradient(score, start)
+    x = x.detach()
+    return within(x, x + steepest(x, gradient, threat, threat.eps_for(x)), threat)
 
 
 def pgd(
@@ -44,72 +75,91 @@ def pgd(
     threat: Threat,
     *,
     steps: int,
-    restarts: int,
-    relative_step: float,
-    loss: LossName,
     generator: torch.Generator,
+    restarts: int = 1,
+    alpha: float | None = None,
+    relative_step: float | None = None,
+    loss: LossName = "margin",
     start: bool = True,
 ) -> Tensor:
     """Return the most adversarial images that projected gradient ascent met (Madry et al. 2018, arXiv 1706.06083).
 
-    x (N, ...) in [0, 1], y (N,); `relative_step`: length of a step as a share of eps; `start`: begin at a random point
-    of the ball. A fooled example leaves at once; of the others the iterate with the highest margin comes back. At most
-    restarts * (steps + 1) forwards and restarts * steps backwards an example.
+    x (N, ...) in [0, 1], y (N,). A step is `alpha` long in the norm's units, or `relative_step` * eps, by default
+    min(1, 2.5 / steps) * eps. `start`: begin at a random point of the ball. A fooled example leaves at once; of the
+    others the iterate with the highest margin comes back. At most restarts * (steps + 1) forwards and restarts * steps
+    backwards an example.
+
+    Raises:
+        AttackError: the model's output has no gradient.
     """
-    best = x.detach().clone()
+    share = min(1.0, 2.5 / steps) if relative_step is None else relative_step
+    search = _Search(model, x.detach(), y, threat, loss, alpha, share)
     alive = torch.arange(x.shape[0], device=x.device)
-    highest = torch.full((x.shape[0],), -torch.inf, device=x.device)
     for _ in range(restarts):
-        begin = random_start(x[alive], threat.select(alive), generator) if start else x[alive].clone()
-        alive = _ascend(model, x, y, begin, alive, threat, steps, relative_step, loss, best, highest)
         if not len(alive):
             break
-    return best
+        begin = random_start(search.x[alive], threat.select(alive), generator) if start else search.x[alive]
+        alive = search.climb(begin, alive, steps)
+    return search.best
 
 
-def _ascend(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    adversarial: Tensor,
-    alive: Tensor,
-    threat: Threat,
-    steps: int,
-    relative_step: float,
-    loss: LossName,
-    best: Tensor,
-    highest: Tensor,
-) -> Tensor:
-    """Climb from `adversarial` for the examples at `alive`; fill best and highest; return who is still robust."""
-    for step in range(steps + 1):
-        last = step == steps
-        adversarial = adversarial.detach().requires_grad_(not last)
-        with torch.set_grad_enabled(not last):
-            logits = model(adversarial).float()
-            score = LOSSES[loss](logits, y[alive])
-        reached = margin(logits.detach(), y[alive])
-        _keep_best(adversarial.detach(), reached, alive, best, highest)
-        left = survivors(~(reached > 0))
-        if last or not len(left):
-            return alive[left]
-        (gradient,) = torch.autograd.grad(score[left].sum(), adversarial)
-        adversarial, gradient, alive = adversarial.detach()[left], gradient[left], alive[left]
-        here = threat.select(alive)
-        move = ascent_direction(gradient, here) * (here.eps_for(adversarial) * relative_step)
-        adversarial = within(x[alive], adversarial + move, here)
-    return alive
+class _Search:
+    """The images that one PGD run found so far, and how it goes on."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        loss: LossName,
+        alpha: float | None,
+        relative_step: float,
+    ) -> None:
+        self.model, self.x, self.y, self.threat = model, x, y, threat
+        self.loss = LOSSES[loss]
+        self.alpha, self.relative_step = alpha, relative_step
+        self.best = x.clone()
+        self.highest = torch.full((x.shape[0],), -torch.inf, device=x.device)
 
-def _keep_best(found: Tensor, reached: Tensor, alive: Tensor, best: Tensor, highest: Tensor) -> None:
-    better = reached > highest[alive]
-    shape = (-1, *[1] * (found.dim() - 1))
-    best[alive] = torch.where(better.view(shape), found, best[alive])
-    highest[alive] = torch.where(better, reached, highest[alive])
+    def climb(self, images: Tensor, alive: Tensor, steps: int) -> Tensor:
+        """Climb from `images` for the examples at `alive`; return which of them are still robust."""
+        for step in range(steps + 1):
+            last = step == steps
+            images = images.detach().requires_grad_(not last)
+            with torch.set_grad_enabled(not last):
+                logits = self.model(images).float()
+            reached = margin(logits.detach(), self.y[alive])
+            self._keep_best(images.detach(), reached, alive)
+            # Not `reached <= 0`: an example whose logits are NaN is not fooled.
+            left = survivors(~(reached > 0))
+            if last or not len(left):
+                return alive[left]
+            with torch.enable_grad():
+                score = self.loss(logits[left], self.y[alive[left]]).sum()
+            gradient = input_gradient(score, images)[left]
+            alive = alive[left]
+            images = self._step(images.detach()[left], gradient, alive)
+        return alive
+
+    def _step(self, images: Tensor, gradient: Tensor, alive: Tensor) -> Tensor:
+        here = self.threat.select(alive)
+        eps = here.eps_for(images)
+        length = eps * self.relative_step if self.alpha is None else torch.full_like(eps, self.alpha)
+        return within(self.x[alive], images + steepest(images, gradient, here, length), here)
+
+    def _keep_best(self, found: Tensor, reached: Tensor, alive: Tensor) -> None:
+        better = reached > self.highest[alive]
+        shape = (-1, *[1] * (found.dim() - 1))
+        self.best[alive] = torch.where(better.view(shape), found, self.best[alive])
+        self.highest[alive] = torch.where(better, reached, self.highest[alive])
 
 
 @dataclass(frozen=True)
 class Fgsm:
     """Fast gradient sign method: one step of length eps (Goodfellow et al. 2015)."""
+
+    seeded_by_example: ClassVar[bool] = True
 
     loss: Literal["margin", "ce"] = "ce"
 
@@ -120,13 +170,25 @@ class Fgsm:
 
 @dataclass(frozen=True)
 class Pgd:
-    """Projected gradient descent with restarts, best iterate, early exit (Madry et al. 2018)."""
+    """Projected gradient descent with restarts, best iterate, early exit (Madry et al. 2018).
+
+    alpha is the step in the norm's units, relative_step the same as a share of eps; by default 2.5 / steps of eps.
+    """
+
+    seeded_by_example: ClassVar[bool] = True
 
     steps: PositiveInt = 20
     restarts: PositiveInt = 1
     loss: Literal["margin", "ce"] = "margin"
-    relative_step: Fraction | None = None
+    alpha: PositiveFloat | None = None
+    relative_step: PositiveFloat | None = None
     random_start: bool = True
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.relative_step is not None:
+            raise UsageError("pgd: alpha and relative_step are the same thing in two units; give one of them")
+        if self.restarts > 1 and not self.random_start:
+            raise UsageError("pgd: restarts need random_start: true, or each one finds the same images")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
         """Return the most adversarial images met."""
@@ -137,7 +199,8 @@ class Pgd:
             threat,
             steps=self.steps,
             restarts=self.restarts,
-            relative_step=self.relative_step or min(1.0, 2.5 / self.steps),
+            alpha=self.alpha,
+            relative_step=self.relative_step,
             loss=self.loss,
             generator=generator,
             start=self.random_start,

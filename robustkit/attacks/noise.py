@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.active import survivors
-from robustkit.attacks.projection import l2_norm, random_start
+from robustkit.attacks.projection import random_extreme, random_start
 from robustkit.attacks.threat import Threat
 from robustkit.params import PositiveInt
 
@@ -16,14 +17,14 @@ from robustkit.params import PositiveInt
 def noise(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, tries: int, generator: torch.Generator) -> Tensor:
     """Return x (N, ...) plus random noise within the ball; of several tries the first that fools each example.
 
-    Every second try is as long as the ball allows: a corner of the linf box, a point of the l2 sphere. One forward a
-    try for each example that is not yet fooled.
+    Every second try is as long as the ball allows: a corner of the linf box, the surface of the l2 or l1 ball. One
+    forward a try for each example that is not yet fooled.
     """
     best = x.detach().clone()
     alive = torch.arange(x.shape[0], device=x.device)
     for number in range(tries):
         here = threat.select(alive)
-        drawn = (_extreme if number % 2 else random_start)(x[alive], here, generator)
+        drawn = (random_extreme if number % 2 else random_start)(x[alive], here, generator)
         with torch.no_grad():
             right = model(drawn).argmax(1) == y[alive]
         best[alive] = drawn
@@ -33,15 +34,11 @@ def noise(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, tries: int,
     return best
 
 
-def _extreme(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
-    direction = torch.empty_like(x).normal_(generator=generator)
-    unit = direction.sign() if threat.norm == "linf" else direction / l2_norm(direction)
-    return (x + unit * threat.eps_for(x)).clamp(0, 1)
-
-
 @dataclass(frozen=True)
 class Noise:
     """Random noise of size eps: a control, not an attack."""
+
+    seeded_by_example: ClassVar[bool] = True
 
     tries: PositiveInt = 10
 

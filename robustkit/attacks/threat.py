@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,20 +24,37 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2", "l1"):
             raise UsageError(f"unknown norm {self.norm!r}: use linf, l2 or l1")
-        lowest = float(self.eps.min()) if isinstance(self.eps, Tensor) and self.eps.numel() else self.eps
-        if not isinstance(lowest, Tensor) and not lowest >= 0:
-            raise UsageError(f"eps must not be negative, got {lowest}")
-        if self.norm == "linf" and isinstance(self.eps, float | int) and self.eps > 1:
-            raise UsageError(f"eps is in [0, 1] pixel units: {self.eps:g} was probably meant as {self.eps:g}/255")
+        if isinstance(self.eps, Tensor):
+            if self.eps.dim() > 1:
+                raise UsageError(f"eps is a number or one per example (N,), not {tuple(self.eps.shape)}")
+            if self.eps.device.type == "meta" or not self.eps.numel():
+                return
+            low, high = (float(value) for value in torch.aminmax(self.eps.detach()))
+        else:
+            low = high = self.eps
+        if not (low >= 0 and math.isfinite(high)):
+            raise UsageError(f"eps must be a number of at least 0, got {low if math.isfinite(high) else high}")
+        if self.norm == "linf" and high > 1:
+            raise UsageError(f"eps is in [0, 1] pixel units: {high:g} was probably meant as {high:g}/255")
 
     def eps_for(self, x: Tensor) -> Tensor:
         """Return eps shaped (N, 1, ..., 1) to broadcast over x (N, ...), on x's device and of its dtype."""
-        eps = torch.as_tensor(self.eps, device=x.device, dtype=x.dtype)
+        if isinstance(self.eps, Tensor):
+            eps = self.eps.to(x.device, x.dtype)
+        else:
+            # Filled on the device: copying a number over would wait for it.
+            eps = torch.full((), self.eps, device=x.device, dtype=x.dtype)
         return eps.expand(x.shape[0]).view(-1, *[1] * (x.dim() - 1))
 
     def select(self, index: Tensor) -> Threat:
         """Return the threat of the examples at `index` (a per-example eps is indexed, a number is kept)."""
-        return Threat(self.norm, self.eps[index]) if isinstance(self.eps, Tensor) and self.eps.dim() else self
+        if not isinstance(self.eps, Tensor) or not self.eps.dim():
+            return self
+        # Not through __init__: checking the values once more would wait for the device at every step of an attack.
+        chosen = object.__new__(Threat)
+        object.__setattr__(chosen, "norm", self.norm)
+        object.__setattr__(chosen, "eps", self.eps[index])
+        return chosen
 
 
 class Attack(Protocol):

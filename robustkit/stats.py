@@ -47,8 +47,9 @@ def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Paired:
     if n == 0:
         return Paired(difference=0.0, low=-1.0, high=1.0, p=1.0, lost=0, gained=0)
     difference = (gained - lost) / n
-    # With no discordant pair the formula gives an interval of width 0; the rule of three bounds what was not seen.
-    spread = Z * math.sqrt(lost + gained - (gained - lost) ** 2 / n) / n if lost + gained else 3.0 / n
+    variance = lost + gained - (gained - lost) ** 2 / n
+    # Where none or all changed the formula gives an interval of width 0; the rule of three bounds what was not seen.
+    spread = Z * math.sqrt(variance) / n if variance > 0 else 3.0 / n
     return Paired(
         difference=difference,
         low=max(-1.0, difference - spread),
@@ -70,3 +71,18 @@ def mcnemar(lost: int, gained: int) -> float:
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean over seeds and the sample standard deviation (0 for a single seed)."""
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def examples_needed(difference: float, changed: float = 0.05) -> int:
+    """Return how many examples a paired difference (a fraction of 1) needs to lie outside its own 95 % interval.
+
+    `changed`: the share of examples on which the two sides disagree; 5 % is usual between relatives.
+    """
+    if not 0 < difference <= 1:
+        raise ValueError(f"a difference in (0, 1] is needed, got {difference}")
+    return math.ceil(Z * Z * (max(changed, difference) - difference**2) / difference**2)
+
+
+def half_width(n: int, changed: float = 0.05) -> float:
+    """Return the half-width of the 95 % interval of a paired difference near 0 on n examples, as a fraction of 1."""
+    return Z * math.sqrt(changed / n) if n else 1.0

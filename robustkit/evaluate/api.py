@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import UsageError
 from robustkit.evaluate.attacked import as_images, attack_outcome, clean_outcome
 from robustkit.evaluate.checks import preflight
-from robustkit.evaluate.compare import compare_flags
+from robustkit.evaluate.compare import budget_flags, compare_flags
 from robustkit.evaluate.outcome import Outcome
 from robustkit.results import Flag, Rate
 
@@ -24,7 +24,7 @@ AttackSpec = str | Mapping[str, Mapping[str, Any] | None] | Attack
 Model = nn.Module | Callable[[Tensor], Tensor]
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """Accuracies with 95 % intervals, what each attack did, and the doubts about it."""
 
@@ -35,14 +35,26 @@ class Evaluation:
     outcomes: dict[str, Outcome]
     flags: list[Flag]
     threat: Threat
-    correct: NDArray[np.bool_] = field(repr=False)
+    correct: NDArray[np.bool_]
     """Per example: right under every attack."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [("clean", self.clean), *self.attacks.items(), ("worst", self.worst)]
-        lines = [f"{name:12} {rate.value:7.2%}  [{rate.low:.2%}, {rate.high:.2%}]" for name, rate in rows]
-        lines += [f"{flag.severity}: {flag.id}: {flag.message}" for flag in self.flags]
+        width = max(len(name) for name, _ in rows)
+        eps = "one eps an example" if isinstance(self.threat.eps, Tensor) else f"eps {self.threat.eps:.4g}"
+        lines = [f"accuracy of {self.clean.n} examples, {self.threat.norm} {eps}, 95 % intervals"]
+        lines += [
+            f"  {name:{width}}  {rate.value:7.2%}  [{rate.low:.2%}, {rate.high:.2%}]{self._cost(name)}"
+            for name, rate in rows
+        ]
+        lines += [f"{flag.severity} {flag.id}: {flag.message}" for flag in self.flags]
         return "\n".join(lines)
+
+    def _cost(self, name: str) -> str:
+        outcome = self.outcomes.get(name)
+        if outcome is None:
+            return ""
+        return f"  {outcome.forwards:,} forwards, {outcome.backwards:,} backwards, {outcome.seconds:.1f} s"
 
 
 class _Called(nn.Module):
@@ -68,16 +80,20 @@ def evaluate(
 ) -> Evaluation:
     """Attack a model and return its clean and attacked accuracy with intervals, costs and flags.
 
-    `model` maps images in [0, 1] to logits (N, classes), N >= 1; any callable will do. x (N, ...): floats in [0, 1] or
+    `model` maps images in [0, 1] to logits (N, classes), two classes or more; any callable will do. It is attacked in
+    eval mode, on the device of its parameters, `batch_size` examples at a time. x (N, ...): floats in [0, 1] or
     uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), or objects with the
     Attack protocol. The model and all global generators are left exactly as they were, also when an attack raises.
 
     Raises:
         UsageError: images outside [0, 1], labels that do not fit, an unknown attack or parameter.
+        ModelError: the model returns no logits.
         AttackError: an attack cannot run on this model or threat.
     """
-    module = model if isinstance(model, nn.Module) else _Called(model)
-    images, labels = _checked(x, y)
+    module = model if isinstance(model, nn.Module) else _Called(model).eval()
+    images, labels = _checked(x, y, threat)
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     device = next((one.device for one in module.parameters()), images.device)
     made = make_attacks(attacks)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
@@ -113,6 +129,8 @@ def _evaluation(
     worst = np.logical_and.reduce(list(correct.values()))
     flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
+    minimum_norm = {label for label, (_, attack) in made.items() if getattr(attack, "minimum_norm", False)}
+    flags += budget_flags({label: one.projected for label, one in outcomes.items() if label not in minimum_norm})
     for label, (_, attack) in made.items():
         notes = getattr(attack, "notes", ())
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in notes]
@@ -127,17 +145,22 @@ def _evaluation(
     )
 
 
-def _checked(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any]) -> tuple[Tensor, Tensor]:
-    images = as_images(torch.as_tensor(x))
-    labels = torch.as_tensor(y)
+def _checked(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+    images, labels = torch.as_tensor(x), torch.as_tensor(y)
+    if images.dim() < 2:
+        raise UsageError(f"images are {tuple(images.shape)}; one row an example (N, ...) is needed")
+    if images.dtype != torch.uint8:
+        images = as_images(images)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
         raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}; class numbers (N,) are needed")
     if len(labels) != len(images):
         raise UsageError(f"{len(images)} images but {len(labels)} labels")
     if not len(labels):
         raise UsageError("no images to evaluate on")
-    if int(labels.min()) < 0:
-        raise UsageError(f"labels start at {int(labels.min())}; class numbers start at 0")
+    if not isinstance(threat, Threat):
+        raise UsageError(f"threat is {threat!r}; give robustkit.Threat('linf', 8 / 255)")
+    if isinstance(threat.eps, Tensor) and threat.eps.dim() and len(threat.eps) != len(labels):
+        raise UsageError(f"{len(labels)} images but {len(threat.eps)} eps")
     return images, labels.to(torch.int64)
 
 

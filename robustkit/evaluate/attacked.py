@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.threat import Attack, Threat
-from robustkit.errors import AttackError, UsageError
+from robustkit.errors import AttackError, ModelError, UsageError
 from robustkit.evaluate.outcome import Outcome
 from robustkit.evaluate.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
@@ -38,25 +38,38 @@ def as_images(x: Tensor) -> Tensor:
                 f"images lie in [{low:.3g}, {high:.3g}], not in [0, 1]; give raw images and put the normalization "
                 "into the model, e.g. robustkit.models.normalized.Normalized(model, mean, std)"
             )
-    return x.detach().to(torch.float32)
+    return x.detach().to(torch.float32).clamp(0, 1)
 
 
 def distances(delta: Tensor, norm: str) -> Tensor:
     """Return the norm of each example's change (N,)."""
     flat = delta.flatten(1)
     order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[norm]
-    return torch.linalg.vector_norm(flat, ord=order, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(flat, ord=order, dim=1)
+    return norms
 
 
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, device: torch.device) -> Outcome:
-    """Return the outcome without an attack."""
+    """Return the outcome without an attack.
+
+    Raises:
+        ModelError: the model does not return logits (N, classes) with at least two classes.
+        UsageError: a label is no class of the model.
+    """
     started = time.perf_counter()
     predictions = []
+    classes = 2
     with undisturbed(model), torch.no_grad():
         for first in range(0, len(y), batch_size):
             images = as_images(x[first : first + batch_size].to(device))
-            predictions.append(model(images).argmax(1))
+            logits = checked_logits(model(images), len(images))
+            classes = logits.shape[1]
+            predictions.append(logits.argmax(1))
     prediction = torch.cat(predictions).cpu() if predictions else torch.zeros(0, dtype=torch.int64)
+    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
+        raise UsageError(
+            f"labels go from {int(y.min())} to {int(y.max())}, the model has {classes} classes: 0 to {classes - 1}"
+        )
     return Outcome(
         correct=(prediction == y.cpu()).numpy(),
         prediction=prediction.numpy(),
@@ -64,6 +77,21 @@ def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, de
         forwards=len(y),
         backwards=0,
         seconds=time.perf_counter() - started,
+    )
+
+
+def checked_logits(logits: object, count: int) -> Tensor:
+    """Return what a model returned for `count` images if it is logits (count, classes).
+
+    Raises:
+        ModelError: it is not.
+    """
+    if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == count and logits.shape[1] >= 2:
+        return logits
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    raise ModelError(
+        f"the model returned {got} for {count} images; logits ({count}, classes) with two classes or more are needed "
+        "(for one logit z, return [-z, z] / 2)"
     )
 
 
@@ -85,8 +113,9 @@ def attack_outcome(
     """Return the outcome of an attack on the examples that the model gets right without it.
 
     A result counts only if it is finite, within eps (1 + 1e-4) + 1e-6 and in [0, 1], and if the model, asked once more,
-    is wrong on it. The random numbers of a batch come from (seed, label, its first example); they do not depend on what
-    other attacks ran. `keep`: how many of the first examples' images the outcome holds.
+    is wrong on it. Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
+    `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
+    `keep`: how many of the first examples' images the outcome holds.
 
     Raises:
         AttackError: the attack returned something that is no batch of images.
@@ -98,15 +127,17 @@ def attack_outcome(
     projected = torch.zeros((), dtype=torch.int64, device=device)
     kept = as_images(x[:keep].to("cpu")).clone()
     with undisturbed(model), torch.enable_grad():
-        counted = CountedModel(model)
+        counted = CountedModel(model).eval()
         for first in range(0, len(todo), batch_size):
             index = todo[first : first + batch_size]
             images = as_images(x[index.to(x.device)].to(device))
             labels = y[index.to(y.device)].to(device)
-            generator = torch.Generator(device=device).manual_seed(derive_seed(seed, label, int(index[0])))
-            budget = threat.select(index.to(device)) if isinstance(threat.eps, Tensor) else threat
-            found = attack(counted, images, labels, budget, generator=generator)
+            generator = generator_for(attack, seed, label, int(index[0]), device)
+            budget = threat.select(index.to(threat.eps.device)) if isinstance(threat.eps, Tensor) else threat
+            # A copy: what changes its input in place must still be measured against the clean images.
+            found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
             found, length, outside = audited(found, images, budget, label)
+            counted.eval()
             with torch.no_grad():
                 answer = counted(found).argmax(1)
             projected += outside
@@ -125,6 +156,14 @@ def attack_outcome(
         projected=int(projected),
         adversarial=kept if keep else None,
     )
+
+
+def generator_for(attack: Attack, seed: int, label: str, first: int, device: torch.device) -> torch.Generator:
+    """Return the generator for the batch that starts at example `first`."""
+    parts = (seed, label) if getattr(attack, "seeded_by_example", False) else (seed, label, first)
+    # The meta device has no generators of its own.
+    place = "cpu" if device.type == "meta" else device
+    return torch.Generator(device=place).manual_seed(derive_seed(*parts))
 
 
 def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tensor, Tensor, Tensor]:

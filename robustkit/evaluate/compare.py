@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkit.results import Flag
+from robustkit import stats
+from robustkit.results import Flag, GateResult
 
 Bools = NDArray[np.bool_]
 MULTI_STEP = frozenset({"pgd", "cascade", "autoattack", "torchattacks.PGD", "torchattacks.PGDL2", "torchattacks.APGD"})
@@ -17,6 +18,8 @@ NOISE = frozenset({"noise", "torchattacks.GN"})
 ONE_STEP_SHARE = 0.005
 BLACK_BOX_SHARE = 0.002
 NOISE_SHARE = 0.002
+LEAST_EXAMPLES = 2
+"""One example that slips through is chance, not masking."""
 
 
 def compare_flags(correct: Mapping[str, Bools], kinds: Mapping[str, str]) -> list[Flag]:
@@ -34,6 +37,8 @@ def compare_flags(correct: Mapping[str, Bools], kinds: Mapping[str, str]) -> lis
     found: list[Flag] = []
     for label, values in by_kind.items():
         missed = int(np.count_nonzero(strong & ~values))
+        if missed < LEAST_EXAMPLES:
+            continue
         share = missed / max(1, values.size)
         if kinds[label] in ONE_STEP:
             found += _one_step(label, names, values, strong, missed, share)
@@ -55,6 +60,39 @@ def compare_flags(correct: Mapping[str, Bools], kinds: Mapping[str, str]) -> lis
                     "the attack is not working on this model; attack with more steps and restarts",
                 )
             )
+    return found
+
+
+def budget_flags(projected: Mapping[str, int]) -> list[Flag]:
+    """Return a note for each attack (by label) with results that left the ball or the box."""
+    return [
+        Flag(
+            id="E1",
+            severity="note",
+            message=f"{label}: {count} results left the ball or the box, or were not finite, and did not count; an "
+            "attack that is made for this norm and eps would be stronger",
+        )
+        for label, count in projected.items()
+        if count
+    ]
+
+
+def subset_flags(gates: Iterable[GateResult], n: int) -> list[Flag]:
+    """Return a doubt for each gate that n examples cannot decide: its two sides differ by less than the noise."""
+    found = []
+    for gate in gates:
+        if "within noise" not in gate.verdict:
+            continue
+        gap = abs(gate.left - gate.right)
+        enough = f"at least {stats.examples_needed(gap):,} would" if gap else "no number would"
+        found.append(
+            Flag(
+                id="E15",
+                severity="doubt",
+                message=f"the gate `{gate.text}` is decided by {gap * 100:.2g} points, which {n:,} examples cannot "
+                f"resolve ({enough}): raise evaluate.examples or move the line",
+            )
+        )
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustkit.attacks.threat import Attack, Norm, Threat
@@ -30,22 +31,45 @@ def security_curve(
 
     An example that is fooled at a small eps counts as fooled at every larger one, and is not attacked again.
     """
+    broken = broken_at(model, x, y, attack, norm, eps, clean=clean, seed=seed, batch_size=batch_size, device=device)
+    return [int(np.count_nonzero(broken > budget)) for budget in eps]
+
+
+def broken_at(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    norm: Norm,
+    eps: Sequence[float],
+    *,
+    clean: Outcome,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> NDArray[np.float64]:
+    """Return, for each example (N,), the smallest of the eps at which the attack fools it.
+
+    0 where the model is wrong without an attack, infinity where no eps was enough: accuracy at eps is
+    `(broken > eps).mean()`. The security curve of Biggio & Roli 2018 (arXiv 1712.03141, section 4).
+
+    Raises:
+        UsageError: a negative eps.
+    """
+    broken = np.where(clean.correct, np.inf, 0.0)
     alive = clean
-    counts: dict[float, int] = {}
-    for budget in sorted(set(eps)):
-        if budget > 0:
-            label = f"curve {budget:.9g}"
-            alive = attack_outcome(
-                model,
-                x,
-                y,
-                attack,
-                Threat(norm, budget),
-                clean=alive,
-                seed=seed,
-                label=label,
-                batch_size=batch_size,
-                device=device,
-            )
-        counts[budget] = int(np.count_nonzero(alive.correct))
-    return [counts[budget] for budget in eps]
+    for budget in sorted(set(eps) - {0.0}):
+        alive = attack_outcome(
+            model,
+            x,
+            y,
+            attack,
+            Threat(norm, budget),
+            clean=alive,
+            seed=seed,
+            label=f"curve {budget:.9g}",
+            batch_size=batch_size,
+            device=device,
+        )
+        broken[np.isinf(broken) & ~alive.correct] = budget
+    return broken

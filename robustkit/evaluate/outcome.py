@@ -20,7 +20,10 @@ class Outcome:
     """Whether the model is still right."""
     prediction: NDArray[np.int64]
     distance: NDArray[np.float32]
-    """Distance of the returned image in the threat's norm; 0 for examples that were not attacked."""
+    """Distance of the image that the attack returned, in the threat's norm, also where it did not count.
+
+    0 for examples that were not attacked.
+    """
     forwards: int
     backwards: int
     seconds: float

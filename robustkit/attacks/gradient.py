@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.active import survivors
-from robustkit.attacks.losses import LOSSES, LossName, margin
+from robustkit.attacks.losses import LOSSES, LossName, margin, margin_to, wrong_classes
 from robustkit.attacks.projection import l2_norm, random_start, within
 from robustkit.attacks.threat import Threat
 from robustkit.errors import AttackError, UsageError
@@ -38,13 +38,16 @@ def input_gradient(score: Tensor, images: Tensor) -> Tensor:
 def steepest(x: Tensor, gradient: Tensor, threat: Threat, length: Tensor) -> Tensor:
     """Return the change of x (N, ...) that raises a linear loss most; `length` (N, 1, ..., 1) in the threat's norm.
 
-    linf: the sign; l2: the direction; l1: whole pixels, steepest first, each as far as [0, 1] lets it go.
+    linf: the sign; l2: the direction, without pixels that are at their bound already; l1: whole pixels, steepest first,
+    each as far as [0, 1] lets it go.
     """
     if threat.norm == "linf":
         return gradient.sign() * length
+    room = torch.where(gradient > 0, 1 - x, x)
     if threat.norm == "l2":
-        return gradient / l2_norm(gradient) * length
-    room = torch.where(gradient > 0, 1 - x, x).flatten(1)
+        free = gradient * (room > 0)
+        return free / l2_norm(free) * length
+    room = room.flatten(1)
     order = gradient.flatten(1).abs().argsort(1, descending=True)
     sorted_room = room.gather(1, order)
     before = sorted_room.cumsum(1) - sorted_room
@@ -86,8 +89,9 @@ def pgd(
 
     x (N, ...) in [0, 1], y (N,). A step is `alpha` long in the norm's units, or `relative_step` * eps, by default
     min(1, 2.5 / steps) * eps. `start`: begin at a random point of the ball. A fooled example leaves at once; of the
-    others the iterate with the highest margin comes back. At most restarts * (steps + 1) forwards and restarts * steps
-    backwards an example.
+    others the iterate with the highest margin comes back. With the margin loss, restarts after the first aim at one
+    wrong class each, the likeliest first (Gowal et al. 2019, arXiv 1910.09338): as many restarts as classes try all.
+    At most restarts * (steps + 1) forwards and restarts * steps backwards an example.
 
     Raises:
         AttackError: the model's output has no gradient.
@@ -95,11 +99,11 @@ def pgd(
     share = min(1.0, 2.5 / steps) if relative_step is None else relative_step
     search = _Search(model, x.detach(), y, threat, loss, alpha, share)
     alive = torch.arange(x.shape[0], device=x.device)
-    for _ in range(restarts):
+    for restart in range(restarts):
         if not len(alive):
             break
         begin = random_start(search.x[alive], threat.select(alive), generator) if start else search.x[alive]
-        alive = search.climb(begin, alive, steps)
+        alive = search.climb(begin, alive, steps, restart)
     return search.best
 
 
@@ -117,12 +121,14 @@ class _Search:
         relative_step: float,
     ) -> None:
         self.model, self.x, self.y, self.threat = model, x, y, threat
-        self.loss = LOSSES[loss]
+        self.loss = loss
+        self.classes: Tensor | None = None
+        """Each example's wrong classes (N, classes - 1), the likeliest at the first start first."""
         self.alpha, self.relative_step = alpha, relative_step
         self.best = x.clone()
         self.highest = torch.full((x.shape[0],), -torch.inf, device=x.device)
 
-    def climb(self, images: Tensor, alive: Tensor, steps: int) -> Tensor:
+    def climb(self, images: Tensor, alive: Tensor, steps: int, restart: int) -> Tensor:
         """Climb from `images` for the examples at `alive`; return which of them are still robust."""
         for step in range(steps + 1):
             last = step == steps
@@ -130,17 +136,24 @@ class _Search:
             with torch.set_grad_enabled(not last):
                 logits = self.model(images).float()
             reached = margin(logits.detach(), self.y[alive])
+            if self.classes is None:
+                self.classes = wrong_classes(logits.detach(), self.y)
             self._keep_best(images.detach(), reached, alive)
             # Not `reached <= 0`: an example whose logits are NaN is not fooled.
             left = survivors(~(reached > 0))
             if last or not len(left):
                 return alive[left]
             with torch.enable_grad():
-                score = self.loss(logits[left], self.y[alive[left]]).sum()
+                score = self._score(logits[left], alive[left], restart, self.classes).sum()
             gradient = input_gradient(score, images)[left]
             alive = alive[left]
             images = self._step(images.detach()[left], gradient, alive)
         return alive
+
+    def _score(self, logits: Tensor, alive: Tensor, restart: int, classes: Tensor) -> Tensor:
+        if restart and self.loss == "margin":
+            return margin_to(logits, self.y[alive], classes[alive, (restart - 1) % classes.shape[1]])
+        return LOSSES[self.loss](logits, self.y[alive])
 
     def _step(self, images: Tensor, gradient: Tensor, alive: Tensor) -> Tensor:
         here = self.threat.select(alive)

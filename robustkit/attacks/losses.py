@@ -20,6 +20,16 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return wrong - own
 
 
+def margin_to(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return the logit of the class `target` (N,) minus the logit of y (N,)."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+
+def wrong_classes(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the wrong classes of each example, the likeliest first (N, classes - 1)."""
+    return logits.scatter(1, y[:, None], float("-inf")).argsort(1, descending=True)[:, :-1]
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return the cross-entropy (N,) in nats."""
     return functional.cross_entropy(logits, y, reduction="none")

@@ -50,10 +50,17 @@ class Threat:
         """Return the threat of the examples at `index` (a per-example eps is indexed, a number is kept)."""
         if not isinstance(self.eps, Tensor) or not self.eps.dim():
             return self
+        return self._with(self.eps[index])
+
+    def to(self, device: torch.device) -> Threat:
+        """Return the threat with a per-example eps on this device."""
+        return self._with(self.eps.to(device)) if isinstance(self.eps, Tensor) else self
+
+    def _with(self, eps: Tensor) -> Threat:
         # Not through __init__: checking the values once more would wait for the device at every step of an attack.
         chosen = object.__new__(Threat)
         object.__setattr__(chosen, "norm", self.norm)
-        object.__setattr__(chosen, "eps", self.eps[index])
+        object.__setattr__(chosen, "eps", eps)
         return chosen
 
 

@@ -121,6 +121,7 @@ def attack_outcome(
         AttackError: the attack returned something that is no batch of images.
     """
     started = time.perf_counter()
+    threat = threat.to(device)
     todo = torch.from_numpy(np.flatnonzero(clean.correct))
     prediction = torch.from_numpy(clean.prediction.copy())
     distance = torch.zeros(len(y))
@@ -133,7 +134,7 @@ def attack_outcome(
             images = as_images(x[index.to(x.device)].to(device))
             labels = y[index.to(y.device)].to(device)
             generator = generator_for(attack, seed, label, int(index[0]), device)
-            budget = threat.select(index.to(threat.eps.device)) if isinstance(threat.eps, Tensor) else threat
+            budget = threat.select(index.to(device))
             # A copy: what changes its input in place must still be measured against the clean images.
             found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
             found, length, outside = audited(found, images, budget, label)

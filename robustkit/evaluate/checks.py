@@ -53,7 +53,7 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, seed: i
         ]
         right = logits.argmax(1) == y
         index = right.nonzero().squeeze(1)
-        x, y, budget = x[index], y[index], threat.select(index)
+        x, y, budget = x[index], y[index], threat.to(device).select(index)
     if len(y):
         with undisturbed(model), torch.enable_grad():
             found += _gradients(model, x, y, budget, seed)

@@ -91,6 +91,7 @@ def pgd(
     min(1, 2.5 / steps) * eps. `start`: begin at a random point of the ball. A fooled example leaves at once; of the
     others the iterate with the highest margin comes back. With the margin loss, restarts after the first aim at one
     wrong class each, the likeliest first (Gowal et al. 2019, arXiv 1910.09338): as many restarts as classes try all.
+    For l1, Frank-Wolfe steps of at least 2 / (step + 2) are taken (Jaggi 2013, PMLR 28:427).
     At most restarts * (steps + 1) forwards and restarts * steps backwards an example.
 
     Raises:
@@ -147,7 +148,7 @@ class _Search:
                 score = self._score(logits[left], alive[left], restart, self.classes).sum()
             gradient = input_gradient(score, images)[left]
             alive = alive[left]
-            images = self._step(images.detach()[left], gradient, alive)
+            images = self._step(images.detach()[left], gradient, alive, step)
         return alive
 
     def _score(self, logits: Tensor, alive: Tensor, restart: int, classes: Tensor) -> Tensor:
@@ -155,11 +156,16 @@ class _Search:
             return margin_to(logits, self.y[alive], classes[alive, (restart - 1) % classes.shape[1]])
         return LOSSES[self.loss](logits, self.y[alive])
 
-    def _step(self, images: Tensor, gradient: Tensor, alive: Tensor) -> Tensor:
+    def _step(self, images: Tensor, gradient: Tensor, alive: Tensor, step: int) -> Tensor:
         here = self.threat.select(alive)
         eps = here.eps_for(images)
         length = eps * self.relative_step if self.alpha is None else torch.full_like(eps, self.alpha)
-        return within(self.x[alive], images + steepest(images, gradient, here, length), here)
+        x = self.x[alive]
+        if here.norm == "l1":
+            # A sparse step would be thinned out again by the projection; a step towards the best corner stays inside.
+            share = (length / eps.clamp_min(1e-12)).clamp(2 / (step + 2), 1)
+            return images + share * (x + steepest(x, gradient, here, eps) - images)
+        return within(x, images + steepest(images, gradient, here, length), here)
 
     def _keep_best(self, found: Tensor, reached: Tensor, alive: Tensor) -> None:
         better = reached > self.highest[alive]

@@ -233,15 +233,15 @@ def _write_gallery(plan: Plan, store: Store, one: Evaluated) -> str | None:
             found.append(store.read_arrays(plan.attack_step(one.variant, one.seed, label).key, GALLERY))
     if not found:
         return None
-    label = found[0]["label"]
-    fooled = np.stack([arrays["prediction_adversarial"] != label for arrays in found])
+    truth = found[0]["label"]
+    fooled = np.stack([arrays["prediction_adversarial"] != truth for arrays in found])
     confidence = np.stack([arrays["confidence_adversarial"] for arrays in found])
     score = np.where(fooled, 2.0 + confidence, 1.0 - confidence)
     choice = score.argmax(axis=0)
-    rows = np.arange(len(label))
-    arrays = {key: np.stack([one[key] for one in found])[choice, rows] for key in found[0]}
-    delta = (arrays["adversarial"] - arrays["clean"].astype(np.float32) / 255).reshape(len(label), -1)
-    arrays["norm"] = np.abs(delta).max(1) if plan.recipe.threat.norm == "linf" else np.linalg.norm(delta, axis=1)
+    rows = np.arange(len(truth))
+    chosen = {name: np.stack([arrays[name] for arrays in found])[choice, rows] for name in found[0]}
+    delta = (chosen["adversarial"] - chosen["clean"].astype(np.float32) / 255).reshape(len(truth), -1)
+    chosen["norm"] = np.abs(delta).max(1) if plan.recipe.threat.norm == "linf" else np.linalg.norm(delta, axis=1)
     name = f"arrays/{one.variant}-seed{one.seed}-gallery.npz"
-    write_npz(store.folder / name, arrays)
+    write_npz(store.folder / name, chosen)
     return name

@@ -187,7 +187,7 @@ class Workbench:
         if not variant.compress and not inherit:
             return None
         return MaskKeeper(
-            [self._create("compressor", use) for use in variant.compress],  # type: ignore[misc]
+            [self._create("compressor", use) for use in variant.compress],
             inherit=inherit,
             context_seed=derive_seed(step.seed, step.key, "compress"),
             example=torch.zeros(2, *data.shape),
@@ -254,7 +254,7 @@ class Workbench:
             keep=self.recipe.evaluate.gallery,
             on_progress=self._progress,
         )
-        files = (OUTCOME,)
+        files: tuple[str, ...] = (OUTCOME,)
         if outcome.adversarial is not None and len(outcome.adversarial):
             self._write_gallery(step, model, outcome.adversarial)
             files = (OUTCOME, GALLERY)

@@ -26,11 +26,20 @@ class CompressContext:
 class Compressor(Protocol):
     """A pruning method: its parameters at construction, masks at call. `sparsity` is the total, in [0, 1]."""
 
-    sparsity: float
-    schedule: Schedule
-    begin: float
-    end: float
-    updates: int
+    @property
+    def sparsity(self) -> float: ...  # noqa: D102
+
+    @property
+    def schedule(self) -> Schedule: ...  # noqa: D102
+
+    @property
+    def begin(self) -> float: ...  # noqa: D102
+
+    @property
+    def end(self) -> float: ...  # noqa: D102
+
+    @property
+    def updates(self) -> int: ...  # noqa: D102
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
         """Return masks of this total sparsity that keep nothing that `current` drops."""

@@ -51,7 +51,7 @@ class Masks:
         return cls({name: mask.to(torch.float32) for name, mask in state.items()})
 
 
-def prunable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def prunable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that sparsity counts: of convolutions and linear layers, by parameter name."""
     for name, module in model.named_modules():
         if isinstance(module, PRUNABLE):

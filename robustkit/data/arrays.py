@@ -29,8 +29,11 @@ class Arrays:
 class Source(Protocol):
     """A source of images: parameters at construction, nothing read before `read` or `fingerprint`."""
 
-    size: int | None
-    limit: int | None
+    @property
+    def size(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def limit(self) -> int | None: ...  # noqa: D102
 
     def read(self) -> Arrays:
         """Return everything, at its own size."""

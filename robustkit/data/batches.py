@@ -67,7 +67,7 @@ def _resident(split: Split, order: Tensor, batch_size: int, device: torch.device
 
 def _streamed(split: Split, order: Tensor, batch_size: int, device: torch.device) -> Iterator[Sample]:
     data = TensorDataset(split.images, split.labels, torch.arange(len(split)))
-    loader: DataLoader[Sample] = DataLoader(
+    loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
         data, batch_size=batch_size, sampler=order.tolist(), pin_memory=device.type == "cuda"
     )
     for images, labels, index in loader:

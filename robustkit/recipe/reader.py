@@ -60,6 +60,8 @@ class Reader:
 
     def use(self, kind: registry.Kind, path: PathTuple, value: object) -> Use | None:
         """Return one use of a plugin, written as `name` or `{name: {parameters}}`."""
+        name: str
+        given: Any
         if isinstance(value, str):
             name, given = value, {}
         elif isinstance(value, dict) and len(value) == 1:

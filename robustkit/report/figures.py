@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from robustkit.report.tables import attack_labels, display_name, tree_order
 from robustkit.results import Curve, Results, VariantResult
@@ -31,7 +34,7 @@ PALETTE = (
 )
 """Okabe and Ito's colour-blind-safe colours first."""
 MARKERS = "os^Dv<>ph*X"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "robustkit",
     "font.size": 9.0,
@@ -72,7 +75,7 @@ def figures(results: Results) -> dict[str, str]:
 def to_svg(figure: Figure) -> str:
     """Return a figure as SVG text without a date, so that equal results give equal files."""
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -207,9 +210,7 @@ def attack_map(results: Results) -> Figure | None:
     for place, row in enumerate(values):
         if not all(np.isnan(row)):
             column = int(np.nanargmin(row))
-            axes.add_patch(
-                matplotlib.patches.Rectangle((column - 0.5, place - 0.5), 1, 1, fill=False, lw=2, ec="black")
-            )
+            axes.add_patch(Rectangle((column - 0.5, place - 0.5), 1, 1, fill=False, lw=2, ec="black"))
     return figure
 
 
@@ -223,7 +224,7 @@ def class_map(results: Results) -> Figure | None:
     figure, axes = _heat_map(values, classes, [display_name(row, results) for row in rows])
     for place, row in enumerate(values):
         column = int(np.nanargmin(row))
-        axes.add_patch(matplotlib.patches.Rectangle((column - 0.5, place - 0.5), 1, 1, fill=False, lw=2, ec="black"))
+        axes.add_patch(Rectangle((column - 0.5, place - 0.5), 1, 1, fill=False, lw=2, ec="black"))
     return figure
 
 
@@ -262,7 +263,7 @@ def training(results: Results) -> Figure | None:
     for place, title in zip(axes, ("training loss", "clean validation (%)", "attacked validation (%)"), strict=False):
         place.set_title(title, fontsize=9)
         place.set_xlabel("epoch")
-        place.xaxis.get_major_locator().set_params(integer=True)
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = axes[1] if not robust else axes[2]
     axes_with_all = axes[1]
     if robust:

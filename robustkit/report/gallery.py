@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def galleries(run: Path, results: Results) -> list[tuple[VariantResult, list[Pic
     Raises:
         UsageError: a gallery's file is broken.
     """
-    found = []
+    found: list[tuple[VariantResult, list[Picture]]] = []
     first = results.variants[0].seed if results.variants else 0
     for row in results.variants:
         if row.gallery and row.seed == first and len(found) < MAX_ROWS:
@@ -65,12 +66,12 @@ def _pictures(path: Path, results: Results) -> list[Picture]:
         raise UsageError(f"{path}: broken gallery: {error}") from error
 
 
-def _picture(data: dict[str, NDArray[np.generic]], number: int, results: Results) -> Picture:
+def _picture(data: dict[str, NDArray[Any]], number: int, results: Results) -> Picture:
     clean = np.asarray(data["clean"][number], dtype=np.float32) / 255
     adversarial = np.asarray(data["adversarial"][number], dtype=np.float32)
-    label = int(data["label"][number])  # type: ignore[call-overload]
-    before, after = (int(data[f"prediction_{which}"][number]) for which in ("clean", "adversarial"))  # type: ignore[call-overload]
-    sure = [float(data[f"confidence_{which}"][number]) for which in ("clean", "adversarial")]  # type: ignore[arg-type]
+    label = int(data["label"][number])
+    before, after = (int(data[f"prediction_{which}"][number]) for which in ("clean", "adversarial"))
+    sure = [float(data[f"confidence_{which}"][number]) for which in ("clean", "adversarial")]
     return Picture(
         clean=data_uri(clean),
         adversarial=data_uri(adversarial),
@@ -79,7 +80,7 @@ def _picture(data: dict[str, NDArray[np.generic]], number: int, results: Results
         before=f"{_class(before, results)} {sure[0]:.0%}",
         after=f"{_class(after, results)} {sure[1]:.0%}",
         fooled=after != label,
-        norm=f"{float(data['norm'][number]):.3g}",  # type: ignore[arg-type]
+        norm=f"{float(data['norm'][number]):.3g}",
     )
 
 
@@ -87,7 +88,7 @@ def _class(number: int, results: Results) -> str:
     return results.classes[number] if 0 <= number < len(results.classes) else str(number)
 
 
-def data_uri(image: NDArray[np.float32]) -> str:
+def data_uri(image: NDArray[np.floating]) -> str:
     """Return an image (C, H, W) in [0, 1] as a PNG data URI of at most 64 pixels a side."""
     from PIL import Image
 

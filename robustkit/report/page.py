@@ -161,23 +161,10 @@ def _summary(values: Mapping[str, Any]) -> str:
         attacks = [rate_text(row.attacks[label]) if label in row.attacks else "" for label in values["labels"]]
         name = "&nbsp;&nbsp;" * row.depth + display_name(row, results)
         p = f"{row.versus_parent.p:.2g}" if row.versus_parent else ""
-        cells.append(
-            [
-                name,
-                row.method,
-                rate_text(row.clean),
-                *attacks,
-                f"**{rate_text(row.worst)}**",
-                paired_text(row.versus_parent),
-                p,
-                count_text(row.nonzero),
-                size_text(row.bytes),
-                size_text(row.gzip_bytes),
-                count_text(row.macs),
-                latency_text(row, "batch_1"),
-                latency_text(row, "batch_256"),
-            ]
-        )
+        sizes = [count_text(row.nonzero), size_text(row.bytes), size_text(row.gzip_bytes), count_text(row.macs)]
+        latencies = [latency_text(row, "batch_1"), latency_text(row, "batch_256")]
+        accuracies = [rate_text(row.clean), *attacks, f"**{rate_text(row.worst)}**", paired_text(row.versus_parent)]
+        cells.append([name, row.method, *accuracies, p, *sizes, *latencies])
     return plain_rows(head, cells)
 
 

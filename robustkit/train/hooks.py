@@ -63,7 +63,7 @@ class Step:
 class Forward:
     """Logits of the batch, computed on first use and shared by the objective and every penalty."""
 
-    model: nn.Module
+    model: Callable[[Tensor], Tensor]
     batch: Batch
     _memo: dict[str, Tensor] = field(default_factory=dict)
 

@@ -112,7 +112,7 @@ class _Run:
         self.model = self._prepare_model(model.to(device))
         self.optimizer = self._optimizer()
         self.schedule: SchedulePlugin = self._plugin("schedule")
-        self.runner = torch.compile(self.model) if spec.compile else self.model
+        self.runner: Callable[[Tensor], Tensor] = torch.compile(self.model) if spec.compile else self.model
         self.precision = self._precision()
         # Built once: hooks that were inserted must be there before a state is taken or put back.
         self.initial = snapshot(self.model, self.optimizer, self.defenses)
@@ -363,13 +363,13 @@ def to_channels_last(model: nn.Module, shape: tuple[int, int, int], device: torc
     """
     x = torch.zeros(2, *shape, device=device).contiguous(memory_format=torch.channels_last)
     modes = {module: module.training for module in model.modules()}
-    changed: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    changed: nn.Module = model.to(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
             changed.eval()(x)
         return changed
     except RuntimeError:
-        back: nn.Module = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        back: nn.Module = model.to(memory_format=torch.contiguous_format)
         return back
     finally:
         for module, mode in modes.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from robustkit.train.hooks import Batch, Defense, Forward, Step
@@ -16,14 +16,18 @@ Hooked = Sequence[tuple[Defense, Step]]
 
 
 def train_step(
-    model: nn.Module, batch: Batch, hooked: Hooked, optimizer: torch.optim.Optimizer, *, precision: torch.dtype | None
+    model: Callable[[Tensor], Tensor],
+    batch: Batch,
+    hooked: Hooked,
+    optimizer: torch.optim.Optimizer,
+    *,
+    precision: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Do one optimizer step and return (loss, number of right predictions) as tensors on the device.
 
     Order: transform_batch, perturb, around_step, objective (else cross-entropy), penalty, backward, step, after_step.
     """
-    device_type = batch.x.device.type
-    with torch.autocast(device_type, dtype=precision, enabled=precision is not None):
+    with autocast(batch.x.device.type, precision):
         for defense, step in hooked:
             batch = defense.transform_batch(batch, step)
         for defense, step in hooked:
@@ -42,6 +46,11 @@ def train_step(
     for defense, step in hooked:
         defense.after_step(step)
     return loss.detach(), right
+
+
+def autocast(device_type: str, precision: torch.dtype | None) -> AbstractContextManager[object]:
+    """Return the context in which operations run at `precision`; None leaves them as they are."""
+    return nullcontext() if precision is None else torch.autocast(device_type, dtype=precision)
 
 
 def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:

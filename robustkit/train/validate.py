@@ -56,4 +56,5 @@ def robust_accuracy(
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with attack_mode(model), torch.no_grad():
-        return (model(x).argmax(1) == y).sum()
+        right: Tensor = (model(x).argmax(1) == y).sum()
+    return right

@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ class Npz:
         return content_hash([path], ["npz"])
 
 
-def _load(path: Path) -> dict[str, NDArray[np.generic]]:
+def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file.files]
@@ -56,7 +57,7 @@ def _load(path: Path) -> dict[str, NDArray[np.generic]]:
         raise DataError(f"{path}: broken, or not an npz file of plain arrays: {error}") from error
 
 
-def _images(array: NDArray[np.generic], where: str) -> NDArray[np.uint8]:
+def _images(array: NDArray[Any], where: str) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
         raise DataError(f"{where}: images are {array.dtype}; uint8 in 0..255 is needed")
     if array.ndim == 3:
@@ -68,11 +69,11 @@ def _images(array: NDArray[np.generic], where: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array.astype(np.uint8, copy=False))
 
 
-def _labels(array: NDArray[np.generic], where: str) -> NDArray[np.int64]:
+def _labels(array: NDArray[Any], where: str) -> NDArray[np.int64]:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise DataError(f"{where}: labels are {array.dtype} {array.shape}; whole numbers (N,) are needed")
-    if len(array) and (array.min() < 0 or array.max() > 100_000):  # type: ignore[operator]
+    if len(array) and (array.min() < 0 or array.max() > 100_000):
         raise DataError(f"{where}: labels lie in {array.min()}..{array.max()}")
     return array.astype(np.int64)

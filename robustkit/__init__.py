@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from robustkit.data.split import Split as Split
     from robustkit.errors import RecipeError as RecipeError
     from robustkit.errors import RobustkitError as RobustkitError
-    from robustkit.evaluate.api import evaluate as evaluate
+    from robustkit.evaluation.api import evaluate as evaluate
     from robustkit.models.artefact import load_model as load  # noqa: F401
     from robustkit.recipe.schema import load_recipe as load_recipe
     from robustkit.registry import register as register
@@ -38,7 +38,7 @@ _PUBLIC = {
     "Split": "robustkit.data.split:Split",
     "Step": "robustkit.train.hooks:Step",
     "Threat": "robustkit.attacks.threat:Threat",
-    "evaluate": "robustkit.evaluate.api:evaluate",
+    "evaluate": "robustkit.evaluation.api:evaluate",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",
     "read_results": "robustkit.results:read_results",
@@ -54,7 +54,9 @@ def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'robustkit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = getattr(importlib.import_module(module), attribute)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

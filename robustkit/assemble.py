@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.evaluate.compare import compare_flags
+from robustkit.evaluation.compare import compare_flags
 from robustkit.recipe.gates import evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
 from robustkit.report.pareto import mark_pareto

@@ -19,10 +19,10 @@ from robustkit.compress.costs import measure_costs, measure_latency, notes_of
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.data.load import load_dataset
 from robustkit.data.split import Dataset, Split
-from robustkit.evaluate.attacked import attack_outcome, clean_outcome
-from robustkit.evaluate.checks import preflight
-from robustkit.evaluate.curve import security_curve
-from robustkit.evaluate.outcome import Outcome
+from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.checks import preflight
+from robustkit.evaluation.curve import security_curve
+from robustkit.evaluation.outcome import Outcome
 from robustkit.models.artefact import load_model, save_model
 from robustkit.models.build import build_model
 from robustkit.recipe.plan import Plan, Step, content_key

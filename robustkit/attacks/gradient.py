@@ -71,6 +71,15 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, loss: LossNa
     return within(x, x + steepest(x, gradient, threat, threat.eps_for(x)), threat)
 
 
+def default_step(steps: int) -> float:
+    """Return the step as a share of eps: a quarter, or 2.5 / steps where that is more.
+
+    2/255 for eps 8/255 as in Madry et al. 2018 (arXiv 1706.06083, section 5); fewer steps must be able to cross the
+    ball. Longer steps than 2.5 / steps cost nothing, since the best iterate is kept.
+    """
+    return min(1.0, max(0.25, 2.5 / steps))
+
+
 def pgd(
     model: nn.Module,
     x: Tensor,
@@ -88,7 +97,7 @@ def pgd(
     """Return the most adversarial images that projected gradient ascent met (Madry et al. 2018, arXiv 1706.06083).
 
     x (N, ...) in [0, 1], y (N,). A step is `alpha` long in the norm's units, or `relative_step` * eps, by default
-    min(1, 2.5 / steps) * eps. `start`: begin at a random point of the ball. A fooled example leaves at once; of the
+    `default_step(steps)` * eps. `start`: begin at a random point of the ball. A fooled example leaves at once; of the
     others the iterate with the highest margin comes back. With the margin loss, restarts after the first aim at one
     wrong class each, the likeliest first (Gowal et al. 2019, arXiv 1910.09338): as many restarts as classes try all.
     For l1, Frank-Wolfe steps of at least 2 / (step + 2) are taken (Jaggi 2013, PMLR 28:427).
@@ -97,7 +106,7 @@ def pgd(
     Raises:
         AttackError: the model's output has no gradient.
     """
-    share = min(1.0, 2.5 / steps) if relative_step is None else relative_step
+    share = default_step(steps) if relative_step is None else relative_step
     search = _Search(model, x.detach(), y, threat, loss, alpha, share)
     alive = torch.arange(x.shape[0], device=x.device)
     for restart in range(restarts):
@@ -191,7 +200,7 @@ class Fgsm:
 class Pgd:
     """Projected gradient descent with restarts, best iterate, early exit (Madry et al. 2018).
 
-    alpha is the step in the norm's units, relative_step the same as a share of eps; by default 2.5 / steps of eps.
+    alpha is the step in the norm's units, relative_step the same as a share of eps; by default `default_step(steps)`.
     """
 
     seeded_by_example: ClassVar[bool] = True

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from robustkit.attacks.gradient import Fgsm, Pgd, fgsm
 from robustkit.attacks.threat import Threat
-from robustkit.evaluate.attacked import attack_outcome, clean_outcome
-from robustkit.evaluate.outcome import Outcome
+from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.outcome import Outcome
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from robustkit.attacks import draws
 from robustkit.attacks.projection import project_, random_extreme, random_start, within
 from robustkit.attacks.threat import Threat
 from robustkit.errors import UsageError
-from robustkit.evaluate.attacked import distances
+from robustkit.evaluation.attacked import distances
 
 NORMS = ["linf", "l2", "l1"]
 SHAPES = [(5, 7), (3, 1, 8, 8), (4, 3, 5, 6)]

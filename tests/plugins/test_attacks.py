@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from robustkit import registry
 from robustkit.attacks import active
 from robustkit.attacks.threat import Attack, Threat
-from robustkit.evaluate.attacked import attack_outcome, clean_outcome, distances
-from robustkit.evaluate.outcome import Outcome
+from robustkit.evaluation.attacked import attack_outcome, clean_outcome, distances
+from robustkit.evaluation.outcome import Outcome
 from robustkit.models.small_cnn import SmallCnn
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.attacks.torchattacks_table import PROFILES
 from robustkit.errors import AttackError, RobustkitError
-from robustkit.evaluate.attacked import attack_outcome, clean_outcome, distances
+from robustkit.evaluation.attacked import attack_outcome, clean_outcome, distances
 from robustkit.models.normalized import Normalized
 from robustkit.models.small_cnn import SmallCnn
 

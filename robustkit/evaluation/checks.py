@@ -17,8 +17,8 @@ from robustkit.attacks.gradient import pgd
 from robustkit.attacks.losses import cross_entropy, margin
 from robustkit.attacks.projection import random_start
 from robustkit.attacks.threat import Threat
-from robustkit.evaluate.attacked import as_images, checked_logits
-from robustkit.evaluate.undisturbed import undisturbed
+from robustkit.evaluation.attacked import as_images, checked_logits
+from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.results import Flag, Severity
 
 EXAMPLES = 64

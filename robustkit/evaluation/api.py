@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from robustkit import registry, stats
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import UsageError
-from robustkit.evaluate.attacked import as_images, attack_outcome, clean_outcome
-from robustkit.evaluate.checks import preflight
-from robustkit.evaluate.compare import budget_flags, compare_flags
-from robustkit.evaluate.outcome import Outcome
+from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
+from robustkit.evaluation.checks import preflight
+from robustkit.evaluation.compare import budget_flags, compare_flags
+from robustkit.evaluation.outcome import Outcome
 from robustkit.results import Flag, Rate
 
-AttackSpec = str | Mapping[str, Mapping[str, Any] | None] | Attack
+AttackSpec = str | Mapping[str, Mapping[str, Any] | Attack | None] | Attack
 Model = nn.Module | Callable[[Tensor], Tensor]
 
 
@@ -74,7 +74,7 @@ def evaluate(
     y: Tensor | NDArray[Any],
     *,
     threat: Threat,
-    attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | None] = ("fgsm", "pgd"),
+    attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | Attack | None] = ("fgsm", "pgd"),
     seed: int = 0,
     batch_size: int = 256,
 ) -> Evaluation:
@@ -82,8 +82,8 @@ def evaluate(
 
     `model` maps images in [0, 1] to logits (N, classes), two classes or more; any callable will do. It is attacked in
     eval mode, on the device of its parameters, `batch_size` examples at a time. x (N, ...): floats in [0, 1] or
-    uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), or objects with the
-    Attack protocol. The model and all global generators are left exactly as they were, also when an attack raises.
+    uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), objects with the
+    Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when an attack raises.
 
     Raises:
         UsageError: images outside [0, 1], labels that do not fit, an unknown attack or parameter.
@@ -165,9 +165,9 @@ def _checked(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat)
 
 
 def make_attacks(
-    specs: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | None],
+    specs: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | Attack | None],
 ) -> dict[str, tuple[str, Attack]]:
-    """Return {label: (plugin name, attack)} for names, `{name: parameters}` and objects."""
+    """Return {label: (plugin name, attack)} for names, `{name: parameters}`, objects and `{label: object}`."""
     items: Iterable[AttackSpec] = (
         [{name: values} for name, values in specs.items()] if isinstance(specs, Mapping) else specs
     )
@@ -193,6 +193,8 @@ def _one(item: AttackSpec) -> tuple[str, str, Attack]:
     if len(item) != 1:
         raise UsageError("an attack is written {name: parameters}, one name each")
     name, given = next(iter(item.items()))
+    if given is not None and not isinstance(given, Mapping):
+        return (name, *_one(given)[1:])
     values = dict(given or {})
     label = str(values.pop("as", name))
     entry = registry.find("attack", name)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustkit.attacks.threat import Attack, Norm, Threat
-from robustkit.evaluate.attacked import attack_outcome
-from robustkit.evaluate.outcome import Outcome
+from robustkit.evaluation.attacked import attack_outcome
+from robustkit.evaluation.outcome import Outcome
 
 
 def security_curve(

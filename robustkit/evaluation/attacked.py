@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
-from robustkit.evaluate.outcome import Outcome
-from robustkit.evaluate.undisturbed import undisturbed
+from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
 RELATIVE_SLACK = 1e-4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.evaluation.compare import compare_flags
-from robustkit.recipe.gates import evaluate_gate, parse_gate
+from robustkit.evaluation.compare import budget_flags, compare_flags, subset_flags
+from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
 from robustkit.report.pareto import mark_pareto
 from robustkit.results import Curve, Flag, Paired, Rate, Results, VariantResult
@@ -68,11 +68,23 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any]) -> Results
         provenance={**provenance, "data": {"name": recipe.data.name, "fingerprint": plan.data_fingerprint}},
     )
     results = mark_pareto(results)
-    gates = [evaluate_gate(parse_gate(gate.text, gate.confident), results, _lookup(evaluated)) for gate in recipe.gates]
-    return results.model_copy(update={"gates": gates})
+    gates = [parse_gate(gate.text, gate.confident) for gate in recipe.gates]
+    return with_gates(results, gates, _lookup(evaluated))
 
 
-def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Callable[[str, int, str], Bools | None]:
+def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Results:
+    """Return results with every gate judged, and a doubt where the examples are too few to tell."""
+    judged = [evaluate_gate(gate, results, correct) for gate in gates]
+    doubts: dict[str, list[Flag]] = {}
+    for gate, verdict in zip(gates, judged, strict=True):
+        for _, variant in gate.references():
+            rows = [row for row in results.variants if row.name == variant]
+            doubts.setdefault(variant, []).extend(subset_flags([verdict], rows[0].worst.n) if rows else [])
+    rows = [row.model_copy(update={"flags": [*row.flags, *doubts.get(row.name, [])]}) for row in results.variants]
+    return results.model_copy(update={"gates": judged, "variants": rows})
+
+
+def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
     def correct(variant: str, seed: int, metric: str) -> Bools | None:
         found = evaluated.get((variant, seed))
         return found.correct.get(metric) if found else None
@@ -208,11 +220,10 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
     kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
     flags += compare_flags(one.correct, kinds)
+    bounded = {label: record for label, record in one.attacks.items() if not record.get("minimum_norm")}
+    flags += budget_flags({label: int(record.get("projected", 0)) for label, record in bounded.items()})
     for label, record in one.attacks.items():
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in record["notes"]]
-        if record.get("projected") and not record.get("minimum_norm"):
-            message = f"{label}: {record['projected']} results left the ball or the box and were not counted"
-            flags.append(Flag(id="budget", severity="note", message=message))
     return flags
 
 

@@ -15,7 +15,6 @@ from robustkit.data.fingerprint import fingerprint
 from robustkit.errors import RobustkitError, UsageError
 from robustkit.recipe.plan import Plan, Step, make_plan
 from robustkit.recipe.spec import Recipe, Use
-from robustkit.report.write import write_report
 from robustkit.results import Results, write_results
 from robustkit.store import EventLog, Store, write_atomic, write_json
 
@@ -150,9 +149,16 @@ def _run(
     if not results.variants:
         raise RobustkitError("no variant could be evaluated:\n" + "\n".join(f.message for f in failures))
     write_results_atomic(results, store)
-    report = write_report(store.folder)
+    report = _write_report(store.folder)
     events("finished", {"report": str(report), "failed": len(failed)})
     return RunOutcome(store.folder, results, report, failures)
+
+
+def _write_report(folder: Path) -> Path:
+    # Imported here, so that `check` waits for no matplotlib.
+    from robustkit.report.write import write_report
+
+    return write_report(folder)
 
 
 def write_results_atomic(results: Results, store: Store) -> None:

@@ -83,7 +83,8 @@ def evaluate(
     `model` maps images in [0, 1] to logits (N, classes), two classes or more; any callable will do. It is attacked in
     eval mode, on the device of its parameters, `batch_size` examples at a time. x (N, ...): floats in [0, 1] or
     uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), objects with the
-    Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when an attack raises.
+    Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when
+    an attack raises.
 
     Raises:
         UsageError: images outside [0, 1], labels that do not fit, an unknown attack or parameter.

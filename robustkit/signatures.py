@@ -91,7 +91,8 @@ def explain_details(details: Sequence[tuple[str, object]]) -> str:
             messages.append(text[:1].lower() + text[1:])
     shown = details[0][1]
     got = "" if "'" in messages[0] or isinstance(shown, dict) else f", not {shown!r}"
-    return " or ".join(messages) + got
+    message, separator, hint = " or ".join(messages).partition("; ")
+    return f"{message}{got}{separator}{hint}"
 
 
 def _unknown(name: str, known: Mapping[str, Parameter]) -> str:

@@ -68,7 +68,8 @@ def _expand(reader: Reader, label: str, value: object) -> list[Draft]:
         return [Draft(substitute_text(label, names), path, substitute(given, names)) for names in combinations(matrix)]
     except MatrixError as error:
         message, _, hint = str(error).partition("; ")
-        reader.problem((*path, "matrix") if matrix is not None else path, message, hint or None)
+        where = path if matrix is None else (*path, "matrix")
+        reader.problem(where, message, hint or None, key=matrix is None)
         return []
 
 
@@ -79,9 +80,8 @@ def _unique(reader: Reader, drafts: list[Draft]) -> dict[str, Draft]:
             hint = "letters, digits, . _ + - and at most 80 of them"
             reader.problem(draft.path, f"{draft.label!r} cannot be a label", hint, key=True)
         elif draft.label in found:
-            hint = (
-                "put every $name of the matrix into the label" if "matrix" in str(draft.path) else "labels must differ"
-            )
+            from_matrix = draft.path == found[draft.label].path
+            hint = "put every $name of the matrix into the label" if from_matrix else "labels must differ"
             reader.problem(draft.path, f"two variants are called {draft.label!r}", hint, key=True)
         else:
             found[draft.label] = draft
@@ -111,9 +111,11 @@ def _ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
         done.append(first)
         placed.add(first.label)
         del waiting[first.label]
+    told: set[str] = set()
     for draft in waiting.values():
         chain = _cycle(draft, drafts)
-        if chain:
+        if chain and not told & set(chain):
+            told |= set(chain)
             reader.problem((*draft.path, "from"), f"`from` goes in a circle: {' -> '.join(chain)}")
     return done
 

@@ -1,0 +1,246 @@
+"""Every mistake in a recipe is named with its place, all of them at once, and never by a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from robustkit.cli.group import run
+from robustkit.errors import RecipeError, RobustkitError
+from robustkit.recipe.schema import load_recipe, parse_recipe
+
+GOOD = """\
+name: good
+data: digits
+model: small_cnn
+threat: {norm: linf, eps: 0.1}
+train: {epochs: 2}
+variants:
+  baseline:
+  robust:
+    defenses: [n_fgsm]
+  pruned:
+    from: robust
+    compress: [global_l1: {sparsity: 80%}]
+evaluate:
+  attacks: [fgsm, pgd: {steps: 5}]
+gates:
+  - clean(baseline) >= 50%
+"""
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def change(old: str, new: str) -> str:
+    assert GOOD.count(old) == 1
+    return GOOD.replace(old, new)
+
+
+MISTAKES: dict[str, tuple[str, str, str, str]] = {
+    # what: (text, place, message, hint)
+    "unknown key": (change("train: {", "trian: {"), "5:1", "trian", "train"),
+    "unknown key below": (change("epochs: 2", "epoch: 2"), "5:9", "epoch", "epochs"),
+    "unknown plugin": (change("[n_fgsm]", "[n_fsgm]"), "9:16", "n_fsgm", "n_fgsm"),
+    "unknown attack": (change("[fgsm,", "[fgms,"), "14:13", "fgms", "fgsm"),
+    "misspelt parameter": (change("{steps: 5}", "{stesp: 5}"), "14:25", "stesp", "steps"),
+    "wrong type": (change("{steps: 5}", "{steps: many}"), "14:32", "steps", "integer"),
+    "negative eps": (change("eps: 0.1", "eps: -0.1"), "4:27", "eps", "0"),
+    "eps of 8": (change("eps: 0.1", "eps: 8"), "4:27", "eps", "8/255"),
+    "unknown norm": (change("linf", "lnif"), "4:16", "lnif", "linf"),
+    "sparsity of 1.2": (change("80%}", "1.2}"), "12:38", "sparsity", "1.2%"),
+    "cycle": (change("    defenses: [n_fgsm]", "    from: pruned\n    train: {}"), "9:11", "circle", "robust -> pruned"),
+    "missing parent": (change("from: robust", "from: robots"), "11:11", "robots", "robust"),
+    "duplicate key": (change("  robust:\n", "  baseline:\n"), "8:3", "baseline", ""),
+    "a list where a mapping belongs": (change("train: {epochs: 2}", "train: [epochs, 2]"), "5:8", "train", "mapping"),
+    "a mapping where a list belongs": (
+        change("[fgsm, pgd: {steps: 5}]", "{fgsm: , pgd: {steps: 5}}"),
+        "14:12",
+        "attacks",
+        "list",
+    ),
+    "a gate on nobody": (change("clean(baseline)", "clean(base)"), "16:5", "base", "baseline"),
+    "a gate that is none": (change("clean(baseline) >= 50%", "clean(baseline) is good"), "16:5", "comparison", "85%"),
+    "a gate on an unknown metric": (change("clean(baseline)", "cleen(baseline)"), "16:5", "cleen", "clean"),
+    "missing data": (change("data: digits\n", ""), "1:1", "`data` is missing", "digits"),
+    "missing model": (change("model: small_cnn\n", ""), "1:1", "`model` is missing", "small_cnn"),
+    "no variants": (GOOD[: GOOD.index("variants:")], "1:1", "`variants` is missing", "baseline"),
+    "two owners of one hook": (change("[n_fgsm]", "[n_fgsm, trades]"), "9:15", "perturb", "keep one"),
+    "defenses of a variant that is not trained": (
+        change("    compress:", "    defenses: [dropout]\n    compress:"),
+        "12:15",
+        "not trained",
+        "train",
+    ),
+    "zero epochs": (change("epochs: 2", "epochs: 0"), "5:17", "epochs", "0"),
+    "half an epoch": (change("epochs: 2", "epochs: 1.5"), "5:17", "epochs", ""),
+    "not a number": (change("eps: 0.1", "eps: .nan"), "4:27", "eps", ""),
+    "a label with a slash": (change("  robust:\n", "  ../robust:\n").replace("from: robust", "from: baseline"), "8:3",
+                             "../robust", "letters"),  # fmt: skip
+    "two equal labels of a matrix": (
+        change("  pruned:\n", "  pruned:\n    matrix: {percent: [50, 80]}\n"),
+        "10:3",
+        "two variants are called 'pruned'",
+        "$name",
+    ),
+    "an unknown name in a label": (change("  pruned:\n", "  pruned-$percent:\n"), "10:3", "percent", "matrix"),
+    "a plain value as a recipe": ("just words\n", "1:1", "mapping", ""),
+    "a list as a recipe": ("- a\n- b\n", "1:1", "mapping", ""),
+    "an attack that names its own ball": (
+        change("[fgsm, pgd: {steps: 5}]", "[torchattacks.PGD: {eps: 0.3}]"),
+        "14:32",
+        "eps",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_shown_at_its_place(what: str) -> None:
+    text, place, message, hint = MISTAKES[what]
+    found = problems_of(text)
+    assert len(found) == 1, found
+    head, *rest = found[0].splitlines()
+    assert head.startswith(f"recipe.yaml:{place}: "), found[0]
+    assert message in found[0]
+    assert hint in found[0]
+    line = int(place.split(":")[0])
+    column = int(place.split(":")[1])
+    assert rest[0] == "    " + text.splitlines()[line - 1]
+    assert rest[1].startswith("    " + " " * (column - 1) + "^")
+
+
+@pytest.mark.parametrize("what", ["unknown key", "cycle", "eps of 8"])
+def test_the_command_exits_with_2_and_no_traceback(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MISTAKES[what][0])
+    for command in ("check", "run"):
+        assert run([command, str(path), *(["--runs", str(tmp_path / "runs")] if command == "run" else [])]) == 2
+        shown = capsys.readouterr().err
+        assert f"mine.yaml:{MISTAKES[what][1]}" in shown.replace("\n", "")
+        assert "Traceback" not in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_mistakes_are_shown_at_once() -> None:
+    text = GOOD.replace("linf", "lnif").replace("[n_fgsm]", "[n_fsgm]").replace("steps: 5", "stesp: 5")
+    places = [problem.split(": ")[0].split(":", 1)[1] for problem in problems_of(text)]
+    assert places == ["4:16", "9:16", "14:25"]
+
+
+def test_the_good_recipe_is_good() -> None:
+    recipe = parse_recipe(GOOD)
+    assert [variant.label for variant in recipe.variants] == ["baseline", "robust", "pruned"]
+    assert recipe.variant("pruned").compress[0].parameters["sparsity"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "empty"),
+        (b"\n# only a comment\n", "empty"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe", "text"),
+        (b"name: a\x00b\n", ""),
+        (b"name: good\n\tdata: digits\n", "tab"),
+        (b"name: [1, 2\n", ""),
+        (b"a: *nowhere\n", ""),
+        (b"name: !!python/object/apply:os.system ['touch /tmp/robustkit-was-here']\n", ""),
+        (b"x" * 10_000_000, "bytes"),
+        (b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
+            b"%c: &%c [%s]\n" % (letter, letter, b", ".join([b"*%c" % (letter - 1)] * 9)) for letter in range(98, 110)
+        ), ""),  # fmt: skip
+        (b"[" * 5000, ""),
+        (b"a: &a\n  b: *a\n", ""),
+    ],
+    ids=["empty", "comment", "binary", "zero", "tab", "open list", "no anchor", "tag", "10 MB", "billion laughs",
+         "deep", "circular"],
+)  # fmt: skip
+def test_broken_files_are_errors_with_the_files_name(raw: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(raw)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "broken.yaml" in str(caught.value)
+    assert message in str(caught.value).lower()
+    assert not Path("/tmp/robustkit-was-here").exists()
+
+
+def test_a_tab_gets_its_line(tmp_path: Path) -> None:
+    assert problems_of("name: good\n\tdata: digits\n")[0].startswith("recipe.yaml:2:1: ")
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=path.name):
+            load_recipe(path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from(["digits", "pgd", "fgsm", "8/255", "80%", "1e-3", "baseline", "$x", "linf", "from", "small_cnn"]),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(
+        st.text(max_size=5)
+        | st.sampled_from(
+            ["name", "data", "model", "threat", "train", "variants", "evaluate", "gates", "seed", "matrix", "from",
+             "attacks", "defenses", "compress", "eps", "norm", "epochs", "pgd", "as", "sparsity", "global_l1"]
+        ),
+        inner,
+        max_size=5,
+    ),
+    max_leaves=25,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(value=st.dictionaries(st.sampled_from(["name", "data", "model", "threat", "train", "variants", "evaluate",
+                                              "gates", "seed", "device", "plugins", "odd"]), VALUES))  # fmt: skip
+def test_random_recipes_never_raise_anything_else(value: object) -> None:
+    import io
+
+    stream = io.StringIO()
+    YAML(typ="safe", pure=True).dump(value, stream)
+    try:
+        parse_recipe(stream.getvalue())
+    except RobustkitError as error:
+        assert str(error)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=200))
+def test_random_text_never_raises_anything_else(text: str) -> None:
+    try:
+        parse_recipe(text)
+    except RobustkitError as error:
+        assert str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_recipe_with_a_part_cut_out_never_raises_anything_else(data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(GOOD)))
+    stop = data.draw(st.integers(start, min(len(GOOD), start + 40)))
+    put = data.draw(st.sampled_from(["", " ", "\t", "[", "}", ": ", "- ", "&a ", "*a", "!!x ", "'", "\n", "0", "%"]))
+    try:
+        parse_recipe(GOOD[:start] + put + GOOD[stop:])
+    except RobustkitError as error:
+        assert str(error)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=30) | st.sampled_from(["a=", "=1", "train.epochs", "train.epochs=[", "variants.x=1", ".=1",
+                                                    "train..epochs=1", "evaluate.attacks.0=fgsm"]))  # fmt: skip
+def test_random_overrides_never_raise_anything_else(text: str) -> None:
+    try:
+        parse_recipe(GOOD, overrides=[text])
+    except RobustkitError as error:
+        assert str(error)

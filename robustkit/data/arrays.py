@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustkit.errors import DataError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+LIMIT_SEED = 20_260_102
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def stratified(labels: Labels, share: float, seed: int) -> tuple[NDArray[np.int6
     return kept, taken
 
 
-def limited(labels: Labels, limit: int | None, seed: int) -> NDArray[np.int64]:
+def limited(labels: Labels, limit: int | None, seed: int = LIMIT_SEED) -> NDArray[np.int64]:
     """Return the positions of at most `limit` examples, with the classes in proportion."""
     if limit is None or limit >= len(labels):
         return np.arange(len(labels))
@@ -108,8 +112,15 @@ def resized(images: Images, size: int | None) -> Images:
     from PIL import Image
 
     planes = images.reshape(-1, *images.shape[2:])
-    scaled = [np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR)) for plane in planes]
-    return np.stack(scaled).reshape(*images.shape[:2], size, size)
+    done = [np.asarray(scaled(Image.fromarray(plane), size)) for plane in planes]
+    return np.stack(done).reshape(*images.shape[:2], size, size)
+
+
+def scaled(image: Image.Image, size: int | None) -> Image.Image:
+    """Return the image scaled to size x size, bilinear with antialiasing; as it is without a size."""
+    from PIL import Image
+
+    return image if size is None else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def names_of(count: int) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from robustkit.data.split import Dataset, Split, split_of
 from robustkit.recipe.spec import Use
 
 VALIDATION_SEED = 20_260_101
-LIMIT_SEED = 20_260_102
 CHUNK = 4096
 
 
@@ -53,8 +52,8 @@ def load_dataset(
 
 
 def _prepared(arrays: Arrays, size: int | None, limit: int | None) -> Arrays:
-    train = limited(arrays.train_labels, limit, LIMIT_SEED)
-    test = limited(arrays.test_labels, limit, LIMIT_SEED)
+    train = limited(arrays.train_labels, limit)
+    test = limited(arrays.test_labels, limit)
     return Arrays(
         resized(arrays.train_images[train], size),
         arrays.train_labels[train],

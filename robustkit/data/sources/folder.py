@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkit.data.arrays import Arrays, Images, subset
+from robustkit.data.arrays import Arrays, Images, limited, scaled, subset
 from robustkit.data.content import content_hash, file_hash
 from robustkit.errors import DataError
 from robustkit.params import Fraction, PathStr, PositiveInt
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 MODES = {"gray": "L", "rgb": "RGB"}
@@ -55,6 +59,15 @@ class ImageFolder:
 
     @cached_property
     def _listing(self) -> tuple[tuple[str, ...], list[Item], list[Item]]:
+        classes, train, test = self._all()
+        return classes, self._limited(train), self._limited(test)
+
+    def _limited(self, items: list[Item]) -> list[Item]:
+        """Leave out here what `limit` would drop later, so that it is neither hashed nor decoded."""
+        labels = np.array([label for _, label in items], dtype=np.int64)
+        return [items[position] for position in limited(labels, self.limit)]
+
+    def _all(self) -> tuple[tuple[str, ...], list[Item], list[Item]]:
         base = Path(self.root).expanduser()
         if not base.is_dir():
             raise DataError(f"{base}: there is no such folder")
@@ -72,10 +85,10 @@ class ImageFolder:
         return classes, train, test
 
     def _decode(self, items: Sequence[Item], mode: str) -> Images:
-        shape = (self.size, self.size) if self.size else _open(items[0][0], mode, None, None).shape[:2]
+        force = self.channels != "auto"
+        shape = (self.size, self.size) if self.size else _open(items[0][0], mode, None, None, force=force).shape[:2]
         channels = len(mode)
         out = np.empty((len(items), channels, *shape), dtype=np.uint8)
-        force = self.channels != "auto"
 
         def fill(position: int) -> None:
             image = _open(items[position][0], mode, self.size, shape, force=force)
@@ -122,39 +135,40 @@ def _split(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
     return train, test
 
 
-def _mode(path: Path) -> str:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return "L" if image.mode in ("1", "L", "I;16") else "RGB"
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path}: not an image, or a broken one: {error}") from error
-
-
-def _open(
-    path: Path, mode: str, size: int | None, shape: tuple[int, ...] | None, *, force: bool = False
-) -> NDArray[np.uint8]:
+@contextmanager
+def _image(path: Path) -> Iterator[Image.Image]:
+    """Open an image; whatever is wrong with it is a DataError that names the file."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                gray = image.mode in ("1", "L", "I;16")
-                if not force and gray != (mode == "L"):
-                    kinds = ("gray", "colour") if gray else ("colour", "gray")
-                    raise DataError(
-                        f"{path}: a {kinds[0]} image among {kinds[1]} ones; set `channels: rgb` or `channels: gray`"
-                    )
-                converted = image if image.mode == mode else image.convert(mode)
-                if size:
-                    converted = converted.resize((size, size), Image.Resampling.BILINEAR)
-                array = np.asarray(converted, dtype=np.uint8)
-    except DataError:
-        raise
+                yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: not an image, or a broken one: {error}") from error
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "I;16")
+
+
+def _mode(path: Path) -> str:
+    with _image(path) as image:
+        return "L" if _is_gray(image) else "RGB"
+
+
+def _open(
+    path: Path, mode: str, size: int | None, shape: tuple[int, ...] | None, *, force: bool = False
+) -> NDArray[np.uint8]:
+    with _image(path) as image:
+        if not force and _is_gray(image) != (mode == "L"):
+            kinds = ("gray", "colour") if mode != "L" else ("colour", "gray")
+            raise DataError(
+                f"{path}: a {kinds[0]} image among {kinds[1]} ones; set `channels: rgb` or `channels: gray`"
+            )
+        converted = image if image.mode == mode else image.convert(mode)
+        array = np.asarray(scaled(converted, size), dtype=np.uint8)
     if shape is not None and array.shape[:2] != tuple(shape):
         raise DataError(
             f"{path}: {array.shape[1]}x{array.shape[0]} pixels where the first image has {shape[1]}x{shape[0]}; "

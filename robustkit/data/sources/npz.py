@@ -46,7 +46,8 @@ class Npz:
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: np.load leaves a broken file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file.files]
             if missing:
                 raise DataError(f"{path}: holds {', '.join(file.files) or 'nothing'}; {', '.join(missing)} is missing")

@@ -78,8 +78,13 @@ class EpochRow(Record):
     epoch: int
     loss: float
     train_accuracy: float
+    validation_loss: float | None = None
+    """Cross-entropy on the validation split; `clean` and `robust` are accuracies on it."""
     clean: float
     robust: float | None = None
+    test_loss: float | None = None
+    """With `train.monitor_test`: loss and accuracy on the test split, which nothing is chosen by."""
+    test_accuracy: float | None = None
     seconds: float = 0.0
 
 

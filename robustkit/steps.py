@@ -172,12 +172,13 @@ class Workbench:
             # Variants of one architecture start from the same weights, so that differences come from the defenses.
             identity = content_key(model=variant.model.name, parameters=variant.model.parameters)
             torch.manual_seed(derive_seed(step.seed, "init", identity))
+            given = self.recipe.normalize
             return build_model(
                 variant.model,
                 shape=data.shape,
                 classes=len(data.classes),
-                mean=data.mean,
-                std=data.std,
+                mean=given.mean if given else data.mean,
+                std=given.std if given else data.std,
                 folder=self.recipe.folder,
                 plugins=self.recipe.plugins,
             )

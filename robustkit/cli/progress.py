@@ -75,9 +75,12 @@ class Display:
     def _on_epoch(self, values: Mapping[str, Any]) -> None:
         robust = f"  robust(val) {values['robust']:.1%}" if values.get("robust") is not None else ""
         left = f"  {_clock(values['eta'])} left" if values.get("eta") else ""
+        test = ""
+        if values.get("test_accuracy") is not None:
+            test = f"  test {values['test_accuracy']:.1%} (loss {values['test_loss']:.3f})"
         text = (
             f"epoch {values['epoch'] + 1}/{values.get('epochs', '?')}  loss {values['loss']:.3f}"
-            f"  train {values['train_accuracy']:.1%}  clean(val) {values['clean']:.1%}{robust}"
+            f"  train {values['train_accuracy']:.1%}  clean(val) {values['clean']:.1%}{robust}{test}"
         )
         self._detail = text + left
         self._line(f"  {self._name(values):28} {text}{left}")

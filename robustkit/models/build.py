@@ -31,8 +31,11 @@ def build_model(
     """Return the model that a recipe names, wrapped so that it takes images in [0, 1]; weights by torch's seed.
 
     Raises:
-        ModelError: the model does not fit images of this shape; the message names the layer and the sizes.
+        ModelError: the model does not fit images of this shape; the message names the layer and the sizes. Or mean
+            and std are not one number a channel.
     """
+    if not len(mean) == len(std) == shape[0]:
+        raise ModelError(f"normalize: {len(mean)} means and {len(std)} deviations for images of {shape[0]} channels")
     inner = build_inner(use, shape=shape, classes=classes, folder=folder, plugins=plugins)
     model = Normalized(inner, mean, std)
     check_fit(model, shape, classes, use.name)

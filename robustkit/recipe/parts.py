@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from robustkit.params import Fraction, NonNegativeFloat, PositiveInt
+from robustkit.params import Fraction, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.reader import Reader
-from robustkit.recipe.spec import Norm, ThreatSpec
+from robustkit.recipe.spec import Norm, NormalizeSpec, ThreatSpec
 
 
 class Plain(BaseModel):
@@ -25,6 +25,13 @@ class ThreatInput(Plain):
     eps: NonNegativeFloat = 8 / 255
 
 
+class NormalizeInput(Plain):
+    """`normalize:`"""
+
+    mean: tuple[Number, ...] = Field(min_length=1)
+    std: tuple[PositiveFloat, ...] = Field(min_length=1)
+
+
 class TrainInput(Plain):
     """`train:` without its plugins."""
 
@@ -36,6 +43,7 @@ class TrainInput(Plain):
     compile: bool | None = None
     memory_limit: PositiveInt | None = None
     guards: bool | None = None
+    monitor_test: bool | None = None
 
 
 def read_threat(reader: Reader, path: PathTuple, value: object) -> ThreatSpec | None:
@@ -49,6 +57,19 @@ def read_threat(reader: Reader, path: PathTuple, value: object) -> ThreatSpec | 
         reader.problem((*path, "eps"), f"eps is in [0, 1] pixel units, not {found.eps:g}", hint)
         return None
     return ThreatSpec(norm=found.norm, eps=found.eps)
+
+
+def read_normalize(reader: Reader, value: object) -> NormalizeSpec | None:
+    """Return the mean and deviation that `normalize:` gives; None where it is not there, or wrong and noted."""
+    if value is None:
+        return None
+    found = reader.model(NormalizeInput, ("normalize",), reader.mapping(("normalize",), value, ("mean", "std")))
+    if found is None:
+        return None
+    if len(found.mean) != len(found.std):
+        reader.problem(("normalize",), f"{len(found.mean)} means but {len(found.std)} deviations", "one a channel each")
+        return None
+    return NormalizeSpec(mean=found.mean, std=found.std)
 
 
 def read_train(reader: Reader, path: PathTuple, value: object) -> dict[str, Any]:

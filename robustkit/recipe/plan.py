@@ -100,6 +100,7 @@ def _fit_step(
         compress=[_identity("compressor", use, source_hash) for use in variant.compress],
         threat=_threat(variant.threat) if train and variant.defenses else None,
         train=_train(train, source_hash) if train else None,
+        normalize=recipe.normalize.model_dump() if recipe.normalize and not parent else None,
     )
     return Step("fit", key, variant.label, seed, (parent,) if parent else (), description=describe_variant(variant))
 

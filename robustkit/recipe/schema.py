@@ -14,7 +14,7 @@ from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
 from robustkit.params import Eps, NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
 from robustkit.recipe.gates import ACCURACIES, SIZES, parse_gate
-from robustkit.recipe.parts import Plain, read_threat, read_train
+from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import EvaluateSpec, GateSpec, Recipe, ThreatSpec, TrainSpec, Use
 from robustkit.recipe.variants import read_variants
@@ -26,6 +26,7 @@ TOP = (
     "data",
     "model",
     "threat",
+    "normalize",
     "train",
     "variants",
     "evaluate",
@@ -77,6 +78,7 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     top = reader.mapping((), document.data, TOP)
     reader.plugins = _plugins(reader, top.get("plugins"))
     threat = read_threat(reader, ("threat",), top.get("threat")) or ThreatSpec()
+    normalize = read_normalize(reader, top.get("normalize"))
     data = _required(reader, "data", top)
     model = _required(reader, "model", top)
     train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))
@@ -95,6 +97,7 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
         device=device,
         data=data,
         threat=threat,
+        normalize=normalize,
         variants=variants,
         evaluate=evaluate,
         gates=gates,

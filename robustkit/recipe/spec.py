@@ -47,6 +47,15 @@ class TrainSpec(Spec):
     compile: bool = False
     memory_limit: int | None = None
     guards: bool = True
+    monitor_test: bool = False
+    """Measure loss and accuracy on the test split after each epoch too; nothing is chosen by them."""
+
+
+class NormalizeSpec(Spec):
+    """Mean and deviation of each channel in [0, 1], which the model normalizes its images with."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class VariantSpec(Spec):
@@ -88,6 +97,8 @@ class Recipe(Spec):
     device: str = "auto"
     data: Use
     threat: ThreatSpec
+    normalize: NormalizeSpec | None = None
+    """None: the statistics of the training images."""
     variants: tuple[VariantSpec, ...]
     evaluate: EvaluateSpec
     gates: tuple[GateSpec, ...] = ()

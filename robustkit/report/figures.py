@@ -257,19 +257,22 @@ def training(results: Results) -> Figure | None:
         x = [epoch.epoch + 1 for epoch in row.epochs]
         axes[0].plot(x, [epoch.loss for epoch in row.epochs], color=colour, lw=1.2, label=row.name)
         axes[1].plot(x, [100 * epoch.clean for epoch in row.epochs], color=colour, lw=1.2, label=row.name)
+        tested = [(epoch.epoch + 1, epoch.test_accuracy) for epoch in row.epochs if epoch.test_accuracy is not None]
+        axes[1].plot(*_columns((number, 100 * accuracy) for number, accuracy in tested), color=colour, lw=1, ls=":")
         if robust:
             known = [(epoch.epoch + 1, 100 * epoch.robust) for epoch in row.epochs if epoch.robust is not None]
-            axes[2].plot(*_columns(known), color=colour, lw=1.2, label=row.name)
-    for place, title in zip(axes, ("training loss", "clean validation (%)", "attacked validation (%)"), strict=False):
+            axes[2].plot(*_columns(known), color=colour, lw=1.2)
+    tests = any(epoch.test_accuracy is not None for row in rows for epoch in row.epochs)
+    clean = "clean validation (%), test dotted" if tests else "clean validation (%)"
+    for place, title in zip(axes, ("training loss", clean, "attacked validation (%)"), strict=False):
         place.set_title(title, fontsize=9)
         place.set_xlabel("epoch")
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles = axes[1] if not robust else axes[2]
-    axes_with_all = axes[1]
+    last = axes[2] if robust else axes[1]
     if robust:
         for row in rows:
-            handles.plot([], [], color=looks[row.name][0], label=row.name)
-    _legend(handles if robust else axes_with_all, len(looks))
+            last.plot([], [], color=looks[row.name][0], label=row.name)
+    _legend(last, len(looks))
     return figure
 
 

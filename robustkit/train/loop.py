@@ -21,6 +21,7 @@ from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
 from robustkit.train.guards import MAX_RESTARTS, MAX_ROLLBACKS, Guards
 from robustkit.train.hooks import Batch, DataContext, Decision, EpochReport, Step, is_adversarial
+from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
 from robustkit.train.probe import Probe
 from robustkit.train.state import (
@@ -35,7 +36,7 @@ from robustkit.train.state import (
     weights_of,
 )
 from robustkit.train.step import train_step
-from robustkit.train.validate import clean_accuracy, robust_accuracy, robust_subset
+from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy, robust_subset
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 CHECK_EVERY = 100
@@ -109,6 +110,8 @@ class _Run:
         self.train, self.weights = self._prepare_data(data)
         self.validation = data.validation.to(device)
         self.attacked = robust_subset(self.validation)
+        # Shown where it is asked for; no decision ever reads it.
+        self.test = data.test.to(device) if spec.monitor_test else None
         self.model = self._prepare_model(model.to(device))
         self.optimizer = self._optimizer()
         self.schedule: SchedulePlugin = self._plugin("schedule")
@@ -257,8 +260,17 @@ class _Run:
         if self.adversarial:
             seed = derive_seed(self.seed, self.key, "validation")
             robust, single = robust_accuracy(model, self.attacked, self.threat, self.device, seed=seed)
-        clean = clean_accuracy(model, self.validation, self.device)
-        row = EpochRow(epoch=state.epoch, loss=loss, train_accuracy=accuracy, clean=clean, robust=robust)
+        held_out, clean = clean_loss_and_accuracy(model, self.validation, self.device)
+        row = EpochRow(
+            epoch=state.epoch,
+            loss=loss,
+            train_accuracy=accuracy,
+            validation_loss=held_out,
+            clean=clean,
+            robust=robust,
+        )
+        if self.test is not None:
+            row.test_loss, row.test_accuracy = clean_loss_and_accuracy(model, self.test, self.device)
         return row.model_copy(update={"single_step": single, "lr": self.optimizer.param_groups[0]["lr"]})
 
     def _evaluated(self) -> nn.Module:
@@ -354,23 +366,3 @@ class _Run:
             notes=state.notes,
             seconds=round(state.seconds, 3),
         )
-
-
-def to_channels_last(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
-    """Return the model with channels-last weights where it takes such images, else as it was.
-
-    A model that calls `.view` on its maps does not; it is found out here, on two images of zeros.
-    """
-    x = torch.zeros(2, *shape, device=device).contiguous(memory_format=torch.channels_last)
-    modes = {module: module.training for module in model.modules()}
-    changed: nn.Module = model.to(memory_format=torch.channels_last)
-    try:
-        with torch.no_grad():
-            changed.eval()(x)
-        return changed
-    except RuntimeError:
-        back: nn.Module = model.to(memory_format=torch.contiguous_format)
-        return back
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

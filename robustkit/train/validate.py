@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robustkit.attacks.threat import Threat
 from robustkit.data.split import Split
@@ -16,15 +17,18 @@ ROBUST_STEPS = 10
 SUBSET_SEED = 20_260_103
 
 
-def clean_accuracy(model: nn.Module, split: Split, device: torch.device) -> float:
-    """Return the accuracy on a split, in eval mode."""
-    right = torch.zeros((), dtype=torch.int64, device=device)
+def clean_loss_and_accuracy(model: nn.Module, split: Split, device: torch.device) -> tuple[float, float]:
+    """Return the mean cross-entropy and the accuracy on a split, in eval mode."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
     with attack_mode(model), torch.no_grad():
         for start in range(0, len(split), BATCH):
             x = split.images[start : start + BATCH].to(device).to(torch.float32).div_(255)
             y = split.labels[start : start + BATCH].to(device)
-            right += (model(x).argmax(1) == y).sum()
-    return int(right) / max(1, len(split))
+            logits = model(x).float()
+            loss = functional.cross_entropy(logits, y, reduction="sum")
+            totals += torch.stack([loss, (logits.argmax(1) == y).sum().to(loss.dtype)])
+    loss, right = (totals / max(1, len(split))).tolist()
+    return loss, right
 
 
 def robust_subset(split: Split) -> Split:

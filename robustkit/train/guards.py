@@ -15,7 +15,7 @@ MAX_ROLLBACKS = 3
 MAX_RESTARTS = 2
 STUCK_LOSS = 0.98
 STUCK_MARGIN = 0.02
-STUCK_SHARE = 0.10
+STUCK_SHARE = 0.20
 COLLAPSE_GAP = 0.20
 COLLAPSE_JUMP = 0.10
 COLLAPSE_DROP = 0.6
@@ -38,7 +38,7 @@ class Guards:
         """Return what an epoch shows, given the epochs before it."""
         if not math.isfinite(row.loss):
             return "diverged"
-        if is_stuck(row, self.classes, self.epochs):
+        if is_stuck(row, earlier, self.classes, self.epochs):
             return "stuck"
         if has_collapsed(row, earlier):
             return "collapsed"
@@ -63,11 +63,19 @@ class Guards:
         self.history = list(state["history"])
 
 
-def is_stuck(row: EpochRow, classes: int, epochs: int) -> bool:
-    """Say whether the model predicts a constant: after a tenth of training the loss is still that of guessing, and
-    so is the accuracy."""
-    if (row.epoch + 1) / epochs < STUCK_SHARE:
+def is_stuck(row: EpochRow, earlier: Sequence[EpochRow], classes: int, epochs: int) -> bool:
+    """Say whether the model predicts a constant: at chance in the last epoch, or in two in a row after the first
+    fifth of training (one alone may be a warm-up over few steps)."""
+    if not is_at_chance(row, classes):
         return False
+    if row.epoch + 1 == epochs:
+        return True
+    begun = (row.epoch + 1) / epochs >= STUCK_SHARE
+    return begun and bool(earlier) and is_at_chance(earlier[-1], classes)
+
+
+def is_at_chance(row: EpochRow, classes: int) -> bool:
+    """Say whether an epoch's loss and accuracies are those of guessing."""
     chance = 1 / classes
     guessing = row.loss > STUCK_LOSS * math.log(classes)
     return (

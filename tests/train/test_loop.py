@@ -138,8 +138,12 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(
         return [*made, ("masks", keeper())]
 
     given: dict[str, Any] = {
-        "epochs": 4, "batch_size": 16, "augment": True, "optimizer": use(optimizer, lr=0.05 if optimizer == "sgd" else 0.005), "schedule": use("cosine")
-    }  # fmt: skip
+        "epochs": 4,
+        "augment": True,
+        "optimizer": use(optimizer, lr=0.02),
+        "schedule": use("cosine"),
+        "guards": False,  # this much regularization on 360 images starts at chance
+    }
     straight = train(digits, defenses(), **given)
     file = StateFile(tmp_path / "state", lambda message: None)
     with pytest.raises(Stop):

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from robustkit.report.tables import attack_labels, display_name, tree_order
 from robustkit.results import Curve, Results, VariantResult
@@ -133,7 +133,7 @@ def tradeoff(results: Results) -> Figure | None:
         parent = rows.get((row.parent or "", row.seed))
         if parent is not None:
             start = (100 * parent.clean.value, 100 * parent.worst.value)
-            arrow = {"arrowstyle": "->", "color": colour, "alpha": 0.7, "shrinkA": 5, "shrinkB": 5}
+            arrow = {"arrowstyle": "->", "color": colour, "lw": 1.4, "shrinkA": 4, "shrinkB": 4}
             axes.annotate("", (x, y), start, arrowprops=arrow, zorder=2)
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("worst case over attacks (%)")
@@ -192,10 +192,19 @@ def size(results: Results) -> Figure | None:
             if row.pareto and name == "gzipped bytes":
                 place.plot(value, 100 * row.worst.value, "o", mfc="none", mec="black", ms=11, mew=1)
         place.set_xlabel(name)
-        place.set_xscale("log")
+        _size_scale(place, [value for row in results.variants if (value := get(row))])
     axes[0].set_ylabel("worst case (%)")
     _legend(axes[-1], len(looks))
     return figure
+
+
+def _size_scale(axes: Axes, values: list[float]) -> None:
+    """A log scale over a decade or more, else a linear one: a log scale within a decade has no room for its ticks."""
+    if values and max(values) >= 10 * min(values):
+        axes.set_xscale("log")
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def attack_map(results: Results) -> Figure | None:

@@ -15,7 +15,7 @@ SPLIT_SEED = 8
 
 @dataclass(frozen=True)
 class Digits:
-    """8x8 handwritten digits, 10 classes, embedded: 1,348 to train on and 449 to test."""
+    """8x8 handwritten digits, 10 classes, embedded: 1,347 to train on and 450 to test."""
 
     size: PositiveInt | None = None
     limit: PositiveInt | None = None

@@ -1,0 +1,271 @@
+"""The report: one offline file, right figures, nothing hostile let through, no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as tree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robustkit import stats
+from robustkit.errors import UsageError
+from robustkit.report.pareto import mark_pareto
+from robustkit.report.verdict import verdict
+from robustkit.report.write import write_report
+from robustkit.results import (
+    Curve,
+    EpochRow,
+    Flag,
+    GateResult,
+    Latency,
+    LayerSparsity,
+    Results,
+    VariantResult,
+    write_results,
+)  # fmt: skip
+from robustkit.store import write_npz
+
+EVIL = '<script>alert("x")</script>&"\''
+
+
+def variant(
+    name: str, clean: int, worst: int, *, parent: str | None = None, gzip: int = 1000, **more: object
+) -> VariantResult:
+    values: dict[str, object] = {
+        "name": name,
+        "seed": 0,
+        "parent": parent,
+        "method": "n_fgsm",
+        "clean": stats.clopper_pearson(clean, 100),
+        "attacks": {"fgsm": stats.clopper_pearson(worst + 5, 100), "pgd": stats.clopper_pearson(worst, 100)},
+        "worst": stats.clopper_pearson(worst, 100),
+        "versus_parent": stats.paired(np.arange(100) < 60, np.arange(100) < worst) if parent else None,
+        "per_class": {"clean": {"cat": 0.9, "dog": 0.8}, "worst": {"cat": 0.5, "dog": 0.25}},
+        "curves": [
+            Curve(
+                attack="pgd", norm="linf", eps=[0, 0.1], rates=[stats.clopper_pearson(k, 100) for k in (clean, worst)]
+            )
+        ],
+        "parameters": 1000,
+        "nonzero": 500,
+        "bytes": 4000,
+        "gzip_bytes": gzip,
+        "macs": 123_456,
+        "latency_ms": {"batch_1": 1.5, "batch_256": 40.0},
+        "latency": {
+            batch: Latency(median=median, q1=0.9 * median, q3=1.1 * median, p95=2 * median, runs=50)
+            for batch, median in (("batch_1", 1.5), ("batch_256", 40.0))
+        },
+        "sparsity": 0.5 if parent else 0.0,
+        "layers": [LayerSparsity(name="conv1.weight", size=800, zeros=500)],
+        "epochs": [EpochRow(epoch=n, loss=1 / (n + 1), train_accuracy=0.5, clean=0.6, robust=0.4) for n in range(3)],
+    }
+    return VariantResult.model_validate({**values, **more})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with three variants, a flag, gates, galleries and a recipe."""
+    folder = tmp_path / "some-run"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    write_npz(
+        folder / "gallery.npz",
+        {
+            "clean": generator.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8),
+            "adversarial": generator.random((2, 3, 8, 8), dtype=np.float32),
+            "label": np.array([0, 1]),
+            "prediction_clean": np.array([0, 1]),
+            "prediction_adversarial": np.array([1, 1]),
+            "confidence_clean": np.array([0.9, 0.8], dtype=np.float32),
+            "confidence_adversarial": np.array([0.7, 0.6], dtype=np.float32),
+            "norm": np.array([0.1, 0.1], dtype=np.float32),
+        },
+    )
+    flag = Flag(id="E3", severity="doubt", message=f"square {EVIL} fools more")
+    results = Results(
+        name="some-run",
+        threat={"norm": "linf", "eps": 0.1},
+        classes=["cat", "dog"],
+        variants=[
+            variant("baseline", 95, 2, gzip=2000),
+            variant("robust", 85, 60, gallery="gallery.npz", gzip=1900),
+            variant("pruned", 84, 57, parent="robust", flags=[flag], notes=["stored dense"]),
+        ],
+        gates=[
+            GateResult(text="clean(baseline) >= 85%", left=0.95, right=0.85, verdict="holds"),
+            GateResult(text="worst(pruned) >= 58%", left=0.57, right=0.58, verdict="fails (within noise)"),
+        ],
+        provenance={"python": "3.11", "data": {"name": EVIL, "fingerprint": "abc"}},
+    )
+    write_results(mark_pareto(results), folder / "results.json")
+    (folder / "recipe.yaml").write_text(f"name: some-run  # {EVIL}\n")
+    return folder
+
+
+def test_the_report_has_every_part(run: Path) -> None:
+    write_report(run)
+    html = (run / "report.html").read_text()
+    for part in (
+        "most robust", "clean(baseline) &gt;= 85%", "fails (within noise)", "Security curves",
+        "Worst case against clean",
+        "Worst case against size", "under each attack", "Training:", "E3", "conv1.weight", "python", "name: some-run",
+        "stored dense", "data:image/png;base64,", "worst class",
+    ):  # fmt: skip
+        assert part.lower() in html.lower(), part
+    assert html.count("<svg") >= 5
+    markdown = (run / "report.md").read_text()
+    for part in ("| robust", "**", "60.0", "fails (within noise)", "E3"):
+        assert part in markdown
+
+
+def test_the_report_is_one_small_file_without_scripts_or_links(run: Path) -> None:
+    write_report(run)
+    path = run / "report.html"
+    assert path.stat().st_size < 2_000_000
+    seen: list[tuple[str, dict[str, str | None]]] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            seen.append((tag, dict(attrs)))
+
+    Reader().feed(path.read_text())
+    assert not {tag for tag, _ in seen} & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in seen:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href") and value:
+                assert value.startswith(("data:image/png;base64,", "#")), (tag, value[:60])
+    style = " ".join(re.findall(r"<style>(.*?)</style>", path.read_text(), re.S))
+    assert "@import" not in style
+    assert not re.findall(r"url\((?!#|\"?data:)", style)
+
+
+def test_hostile_text_is_escaped_everywhere(run: Path) -> None:
+    write_report(run)
+    for name in ("report.html",):
+        text = (run / name).read_text()
+        assert "<script>" not in text
+        assert "&lt;script&gt;" in text
+
+
+def test_figures_and_junit_are_valid_xml(run: Path) -> None:
+    write_report(run)
+    figures = sorted((run / "figures").glob("*.svg"))
+    assert {"tradeoff", "curves", "size", "attacks", "training"} <= {path.stem for path in figures}
+    for path in figures:
+        assert tree.parse(path).getroot().tag.endswith("svg")
+    suite = tree.parse(run / "junit.xml").getroot()
+    cases = list(suite.iter("testcase"))
+    failures = [case for case in cases if case.find("failure") is not None]
+    assert [case.get("name") for case in failures] == ["worst(pruned) >= 58%"]
+
+
+def test_the_tables_hold_the_numbers(run: Path) -> None:
+    write_report(run)
+    rows = list(csv.DictReader(io.StringIO((run / "results.csv").read_text())))
+    assert [row["name"] for row in rows] == ["baseline", "robust", "pruned"]
+    assert float(rows[1]["worst"]) == 0.6
+    assert float(rows[1]["attack:fgsm"]) == 0.65
+    assert int(rows[2]["gzip_bytes"]) == 1000
+
+
+def test_the_report_is_the_same_each_time(run: Path) -> None:
+    write_report(run)
+    first = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    write_report(run)
+    assert first == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def spoil(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def do(path: Path) -> None:
+        found = json.loads(path.read_text())
+        change(found)
+        path.write_text(json.dumps(found))
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "results.json"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "results.json"),
+        (lambda path: path.write_text('{"schema": 1'), "results.json"),
+        (lambda path: path.write_text("[1, 2]"), "not a results.json"),
+        (lambda path: path.unlink(), "holds no results.json"),
+        (spoil(lambda found: found["variants"][0].pop("clean")), "clean"),  # type: ignore[index]
+        (spoil(lambda found: found["variants"][1].update(gallery="../../secret.npz")), "outside"),  # type: ignore[index]
+    ],
+    ids=["empty", "binary", "cut", "list", "missing", "key", "outside"],
+)
+def test_broken_results_are_named(damage: Callable[[Path], None], message: str, run: Path) -> None:
+    damage(run / "results.json")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        write_report(run)
+
+
+def test_a_broken_gallery_is_named_and_the_rest_is_written(run: Path) -> None:
+    (run / "gallery.npz").write_bytes(b"PK broken")
+    with pytest.raises(UsageError, match="gallery"):
+        write_report(run)
+    assert "most robust" in (run / "report.html").read_text()
+
+
+def test_later_keys_are_kept_and_do_no_harm(run: Path) -> None:
+    spoil(lambda found: found.update(later=1) or found["variants"][0].update(corruptions={"fog": 0.5}))(  # type: ignore[index,func-returns-value]
+        run / "results.json"
+    )
+    write_report(run)
+
+
+def test_no_torch_is_imported(run: Path) -> None:
+    code = (
+        "import sys\nfrom robustkit.cli.group import run\n"
+        f"assert run(['report', {str(run)!r}]) == 0\n"
+        f"assert run(['compare', {str(run)!r}, {str(run)!r}]) == 0\n"
+        "assert not {'torch', 'torchvision', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+
+
+def test_the_verdict_names_the_winner_its_cost_and_the_doubts() -> None:
+    rows = [
+        variant("baseline", 95, 2),
+        variant("robust", 85, 60, gzip=5000),
+        variant("pruned", 84, 57, parent="robust"),
+    ]
+    found = " ".join(verdict(mark_pareto(Results(variants=rows))))
+    assert "robust is the most robust: 60.0 % worst case" in found
+    assert "10.0 points below baseline" in found
+    assert "pruned" in found
+    assert "20% of robust's" in found
+    wrong = rows[1].model_copy(update={"flags": [Flag(id="P8", severity="wrong", message="nan")]})
+    found = " ".join(verdict(mark_pareto(Results(variants=[rows[0], wrong, rows[2]]))))
+    assert "pruned is the most robust" in found
+    assert "not to be quoted: robust" in found
+
+
+def test_the_pareto_front() -> None:
+    rows = [
+        variant("big-strong", 90, 60, gzip=2000), variant("small-strong", 90, 60, gzip=1000),
+        variant("small-weak", 90, 50, gzip=1000), variant("tiny-weak", 90, 50, gzip=500),
+    ]  # fmt: skip
+    assert [row.pareto for row in mark_pareto(Results(variants=rows)).variants] == [False, True, False, True]
+
+
+def test_the_schema_document_names_every_key(run: Path) -> None:
+    """docs/results-schema.md is what other programs read by."""
+    text = (Path(__file__).parents[2] / "docs" / "results-schema.md").read_text()
+    for record in (Results, VariantResult, GateResult, Flag, EpochRow):
+        for name, field in record.model_fields.items():
+            assert f"`{field.alias or name}`" in text, (record.__name__, name)

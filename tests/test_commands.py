@@ -1,0 +1,100 @@
+"""The small commands: list, show, init, schema, env, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robustkit import registry
+from robustkit.cli.group import COMMANDS, run
+from robustkit.recipe.schema import load_recipe
+
+
+def test_list_shows_every_plugin_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list"]) == 0
+    shown = capsys.readouterr().out
+    for kind in registry.KINDS:
+        for name in registry.BUILTIN[kind]:
+            assert f"  {name} " in shown
+    assert shown.count("torchattacks.") >= 39
+    assert run(["list", "attack", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"attack"}
+    assert all(found["attack"].values()), [name for name, text in found["attack"].items() if not text]
+    assert run(["list", "atack"]) == 2
+    assert "did you mean 'attack'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pgd", "n_fgsm", "small_cnn", "global_l1", "torchattacks.Square", "cifar10", "sgd"])
+def test_show_explains_one_plugin(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", name]) == 0
+    shown = capsys.readouterr().out
+    assert name in shown
+    assert "default" in shown or "required" in shown
+    assert run(["show", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["parameters"]
+
+
+def test_show_of_nothing_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["show", "pdg"]) == 2
+    assert "did you mean 'pgd'" in capsys.readouterr().err
+
+
+def test_init_writes_a_recipe_that_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    assert run(["init", str(path)]) == 0
+    assert [one.label for one in load_recipe(path).variants] == ["baseline", "robust", "robust-pruned"]
+    path.write_text("precious")
+    assert run(["init", str(path)]) == 2
+    assert path.read_text() == "precious"
+
+
+def test_schema_and_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "robustkit recipe"
+    assert run(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "cache" in found
+    assert "torch" in json.dumps(found)
+    assert run(["env"]) == 0
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert run([name, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "Usage: robustkit " + name in shown
+    assert run(["--version"]) == 0
+    assert run(["no-such-command"]) == 2
+    assert run(["run"]) == 2
+    capsys.readouterr()
+
+
+def test_options_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ROBUSTKIT_LIST_AS_JSON", "1")
+    assert run(["list", "model"]) == 0
+    assert "small_cnn" in json.loads(capsys.readouterr().out)["model"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from robustkit.cli.group import main; main()"],
+        env={**os.environ, "_ROBUSTKIT_COMPLETE": f"{shell}_source"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "_ROBUSTKIT_COMPLETE" in done.stdout
+
+
+def test_the_plugin_reference_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else: see the second line of docs/plugins.md."""
+    assert run(["list", "--markdown"]) == 0
+    text = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+    assert text[text.index("## data") :] == capsys.readouterr().out

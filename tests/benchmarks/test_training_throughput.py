@@ -1,0 +1,136 @@
+"""Images a second of the training loop, against one constant batch and against a plain DataLoader loop, in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from robustkit.attacks.threat import Threat
+from robustkit.data.augment import Augmentation, Crop, Flip
+from robustkit.data.load import load_dataset
+from robustkit.data.split import Dataset
+from robustkit.models.build import build_model
+from robustkit.models.normalized import Normalized
+from robustkit.recipe.spec import TrainSpec, Use
+from robustkit.train.guards import Guards
+from robustkit.train.hooks import Batch
+from robustkit.train.layout import to_channels_last
+from robustkit.train.loop import _Run
+from robustkit.train.state import TrainingState
+from robustkit.train.step import train_step
+
+pytestmark = pytest.mark.slow
+
+BATCH = 256
+ROUNDS = 5
+CPU = torch.device("cpu")
+MODEL = Use(name="small_cnn", parameters={"widths": [32, 64, 64]}, label="small_cnn")
+
+
+@pytest.fixture(scope="module")
+def data(cifar10_root: Path) -> Dataset:
+    use = Use(name="image_folder", parameters={"root": str(cifar10_root), "limit": 12 * BATCH}, label="cifar10")
+    return load_dataset(use, validation=1 / 6)
+
+
+def network(data: Dataset) -> Normalized:
+    torch.manual_seed(0)
+    return build_model(MODEL, shape=data.shape, classes=10, mean=data.mean, std=data.std)
+
+
+def our_loop(data: Dataset, augment: Sequence[Augmentation] = ()) -> Callable[[], int]:
+    """An epoch of the training loop as `fit` runs it."""
+    optimizer = Use(name="sgd", parameters={"lr": 0.01}, label="sgd")
+    spec = TrainSpec(epochs=100, batch_size=BATCH, optimizer=optimizer)
+    run = _Run(network(data), data, spec, [], Threat("linf", 8 / 255), 0, "benchmark", CPU, lambda *_: None, augment)
+    state = TrainingState(guards=Guards(classes=10, epochs=100))
+
+    def epoch() -> int:
+        run._steps(state)
+        return len(run.train)
+
+    return epoch
+
+
+def constant_batch(data: Dataset) -> Callable[[], int]:
+    """The same steps on one batch that never changes: what is left is the model's own work."""
+    model = to_channels_last(network(data), data.shape, CPU).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = data.train.floats(0, BATCH).contiguous(memory_format=torch.channels_last)
+    y = data.train.labels[:BATCH]
+    steps = len(data.train) // BATCH
+
+    def epoch() -> int:
+        for _ in range(steps):
+            train_step(model, Batch(x, y, y, 10), [], optimizer, precision=None)
+        return steps * BATCH
+
+    return epoch
+
+
+def plain_loop(data: Dataset, augment: bool = False) -> Callable[[], int]:
+    """What a tutorial shows: PIL images, ToTensor, a DataLoader, the usual five lines."""
+    before = [transforms.RandomCrop(32, padding=4, padding_mode="reflect"), transforms.RandomHorizontalFlip()]
+    to_tensor = transforms.Compose([*(before if augment else []), transforms.ToTensor()])
+    images = [Image.fromarray(one) for one in np.moveaxis(data.train.images.numpy(), 1, 3)]
+    pairs = list(zip(images, data.train.labels.tolist(), strict=True))
+
+    class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
+        def __len__(self) -> int:
+            return len(pairs)
+
+        def __getitem__(self, number: int) -> tuple[Tensor, int]:
+            image, label = pairs[number]
+            tensor: Tensor = to_tensor(image)
+            return tensor, label
+
+    loader = DataLoader(Pictures(), batch_size=BATCH, shuffle=True)
+    model = network(data).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def epoch() -> int:
+        for x, y in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return len(pairs)
+
+    return epoch
+
+
+def test_the_training_loop_is_as_fast_as_its_model_and_faster_than_a_plain_loop(data: Dataset) -> None:
+    loops = {
+        "constant batch": constant_batch(data),
+        "training loop": our_loop(data),
+        "training loop, crops and flips": our_loop(data, [Crop(4), Flip()]),
+        "DataLoader": plain_loop(data),
+        "DataLoader, crops and flips": plain_loop(data, augment=True),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in loops}
+    for round_number in range(ROUNDS + 1):
+        for name, epoch in loops.items():
+            begun = time.perf_counter()
+            count = epoch()
+            if round_number:
+                speeds[name].append(count / (time.perf_counter() - begun))
+    for name, values in speeds.items():
+        print(f"{name}: {median(values):,.0f} images/s")
+
+    def ratio(one: str, other: str) -> float:
+        found = median(first / second for first, second in zip(speeds[one], speeds[other], strict=True))
+        print(f"{one} / {other}: {found:.2f}")
+        return found
+
+    assert ratio("training loop", "constant batch") >= 0.95
+    ratio("training loop", "DataLoader")
+    assert ratio("training loop, crops and flips", "DataLoader, crops and flips") >= 1.6

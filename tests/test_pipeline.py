@@ -147,7 +147,7 @@ def command(path: Path, runs: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    return {**os.environ, "NO_COLOR": "1"}
 
 
 def wait_for(folder: Path, what: Mapping[str, object], process: subprocess.Popen[str], count: int = 1) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustkit.attacks.losses import margin
 from robustkit.attacks.projection import l2_norm, project_
 from robustkit.attacks.threat import Threat
 from robustkit.train.modes import attack_mode
@@ -26,13 +27,7 @@ def cross_entropy_score(target: Tensor) -> Score:
 def margin_score(y: Tensor) -> Score:
     """Return the best wrong logit minus the logit of y (N,) as a score: positive where the example is fooled."""
 
-    def score(logits: Tensor) -> Tensor:
-        logits = logits.float()
-        own = logits.gather(1, y[:, None]).squeeze(1)
-        wrong = logits.scatter(1, y[:, None], float("-inf")).amax(1)
-        return wrong - own
-
-    return score
+    return lambda logits: margin(logits.float(), y)
 
 
 def kl_score(clean_logits: Tensor) -> Score:
@@ -48,7 +43,10 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
-    """Return x (N, ...) plus a uniform draw from the threat's linf or l2 ball, kept in [0, 1]."""
+    """Return x (N, ...) plus a uniform draw from the threat's linf or l2 ball, kept in [0, 1].
+
+    One draw for the batch: quicker than the evaluation's draws an example, which do not depend on the batch.
+    """
     if threat.norm == "linf":
         delta = torch.empty_like(x).uniform_(-1, 1, generator=generator) * threat.eps_for(x)
     else:

@@ -283,12 +283,14 @@ def test_fgsm_without_noise_collapses_and_is_seen() -> None:
     data = load_dataset(use("digits", size=16))
     torch.manual_seed(0)
     model = Normalized(SmallCnn((1, 16, 16), 10, [32, 64]), [0.3], [0.4])
-    threat = Threat("linf", 0.3)
+    threat = Threat("linf", 0.15)
     plain = [("n_fgsm", registry.create(registry.find("defense", "n_fgsm"), {"noise": 0.0}))]
     found = train(data, plain, model=model, threat=threat, epochs=25, optimizer=use("sgd", lr=0.2, momentum=0.9))
     kinds = {flag.id for flag in found.flags}
     best = max(row.robust or 0 for row in found.epochs)
-    assert "catastrophic-overfitting" in kinds or best > 0.3, (kinds, [row.robust for row in found.epochs])
+    assert "catastrophic-overfitting" in kinds
+    assert best > 0.05, "there was something to lose"
+    assert len(found.epochs) < 25
     assert (found.epochs[found.best_epoch].robust or 0) == best, "the weights from before the collapse come back"
 
 

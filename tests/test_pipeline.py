@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,16 +213,29 @@ def test_killed_anywhere_again_and_again(undisturbed: Path, tmp_path: Path) -> N
     assert comparable(tmp_path / "tiny") == comparable(undisturbed)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes started meanwhile obey SIGINT, also where a shell put the tests into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_in_two_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
-    path = write(tmp_path, TINY.replace("epochs: 2, batch", "epochs: 500, batch"))
-    process = subprocess.Popen(
+    path = write(tmp_path, TINY.replace("epochs: 2, batch", "epochs: 20_000, batch"))
+    with subprocess.Popen(
         command(path, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    wait_for(tmp_path / "tiny", {"event": "epoch"}, process)
-    begun = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
-    assert time.monotonic() - begun < 2
+    ) as process:
+        try:
+            wait_for(tmp_path / "tiny", {"event": "epoch"}, process)
+            begun = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=10)
+            seconds = time.monotonic() - begun
+        finally:
+            process.kill()
+    assert seconds < 2
     assert process.returncode == 130
     assert "Traceback" not in out + err
     assert f"robustkit run {path} --runs {tmp_path}" in err

@@ -5,95 +5,28 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from robustkit import __version__
+from robustkit.builtin import BUILTIN as BUILTIN
+from robustkit.builtin import ENTRY_POINTS
+from robustkit.builtin import KINDS as KINDS
+from robustkit.builtin import Kind as Kind
+from robustkit.checking import check_values
 from robustkit.errors import UsageError, did_you_mean
-from robustkit.signatures import Parameter, check_values, parameters_of_object, read_parameters, read_summary
-
-Kind = Literal["data", "model", "defense", "compressor", "attack", "optimizer", "schedule", "augmentation"]
-KINDS: tuple[Kind, ...] = (
-    "data",
-    "model",
-    "defense",
-    "compressor",
-    "attack",
-    "optimizer",
-    "schedule",
-    "augmentation",
+from robustkit.modules import absolute, code_of, import_file, module_file, package_folder, source_of
+from robustkit.signatures import (
+    Parameter,
+    classes_of,
+    functions_of,
+    parameters_of_object,
+    read_parameters,
+    read_summary,
 )
 
-BUILTIN: dict[Kind, dict[str, str]] = {
-    "data": {
-        "digits": "robustkit.data.sources.digits:Digits",
-        "fashion_mnist": "robustkit.data.sources.idx:FashionMnist",
-        "mnist": "robustkit.data.sources.idx:Mnist",
-        "cifar10": "robustkit.data.sources.vision:Cifar10",
-        "cifar100": "robustkit.data.sources.vision:Cifar100",
-        "svhn": "robustkit.data.sources.vision:Svhn",
-        "image_folder": "robustkit.data.sources.folder:ImageFolder",
-        "npz": "robustkit.data.sources.npz:Npz",
-    },
-    "model": {
-        "baseline_cnn": "robustkit.models.baseline_cnn:BaselineCnn",
-        "small_cnn": "robustkit.models.small_cnn:SmallCnn",
-        "resnet18": "robustkit.models.resnet:resnet18",
-        "wide_resnet": "robustkit.models.wide_resnet:WideResNet",
-    },
-    "defense": {
-        "weight_decay": "robustkit.defenses.regularization:WeightDecay",
-        "l1": "robustkit.defenses.regularization:L1",
-        "label_smoothing": "robustkit.defenses.regularization:LabelSmoothing",
-        "dropout": "robustkit.defenses.dropout:Dropout",
-        "balanced_sampling": "robustkit.defenses.sampling:BalancedSampling",
-        "deduplicate": "robustkit.defenses.sampling:Deduplicate",
-        "knn_filter": "robustkit.defenses.sampling:KnnFilter",
-        "pgd_training": "robustkit.defenses.adversarial:PgdTraining",
-        "n_fgsm": "robustkit.defenses.adversarial:NFgsm",
-        "trades": "robustkit.defenses.adversarial:Trades",
-    },
-    "compressor": {
-        "global_l1": "robustkit.compress.prune:GlobalL1",
-        "layer_l1": "robustkit.compress.prune:LayerL1",
-        "random": "robustkit.compress.prune:RandomWeights",
-        "channel_l2": "robustkit.compress.channels:ChannelL2",
-    },
-    "attack": {
-        "noise": "robustkit.attacks.noise:Noise",
-        "fgsm": "robustkit.attacks.gradient:Fgsm",
-        "pgd": "robustkit.attacks.gradient:Pgd",
-    },
-    "optimizer": {
-        "sgd": "robustkit.train.optim:Sgd",
-        "adam": "robustkit.train.optim:Adam",
-        "adamw": "robustkit.train.optim:AdamW",
-    },
-    "schedule": {
-        "one_cycle": "robustkit.train.optim:OneCycle",
-        "cosine": "robustkit.train.optim:Cosine",
-        "step": "robustkit.train.optim:StepDecay",
-        "constant": "robustkit.train.optim:Constant",
-    },
-    "augmentation": {
-        "crop": "robustkit.data.augment:Crop",
-        "flip": "robustkit.data.augment:Flip",
-        "cutout": "robustkit.data.augment:Cutout",
-    },
-}
-
-ENTRY_POINTS: dict[Kind, str] = {
-    "data": "robustkit.data",
-    "model": "robustkit.models",
-    "defense": "robustkit.defenses",
-    "compressor": "robustkit.compressors",
-    "attack": "robustkit.attacks",
-}
 TORCHATTACKS = "torchattacks."
 TORCHVISION = "torchvision."
 Made = TypeVar("Made", bound=Callable[..., Any])
@@ -158,21 +91,21 @@ def find(kind: Kind, name: str, *, folder: Path | None = None, plugins: Sequence
     """
     if name in BUILTIN[kind]:
         target = BUILTIN[kind][name]
-        return Entry(kind, name, target, "builtin", _module_file(target.partition(":")[0]))
+        return Entry(kind, name, target, "builtin", module_file(target.partition(":")[0]))
     if (kind, name) in _registered.objects:
         made = _registered.objects[kind, name]
-        return Entry(kind, name, f"{made.__module__}:{made.__qualname__}", "registered", _source_of(made))
+        return Entry(kind, name, f"{made.__module__}:{made.__qualname__}", "registered", source_of(made))
     if kind == "attack" and name.startswith(TORCHATTACKS):
         return _library(kind, name, TORCHATTACKS, torchattacks_files())
     if kind == "model" and name.startswith(TORCHVISION):
         return _library(kind, name, TORCHVISION, torchvision_files())
     for path in plugins:
-        absolute = _absolute(path, folder)
-        if read_summary(absolute, name) is not None:
-            return Entry(kind, name, f"{absolute}:{name}", f"file {path}", absolute)
+        file = absolute(path, folder)
+        if read_summary(file, name) is not None:
+            return Entry(kind, name, f"{file}:{name}", f"file {path}", file)
     points = _entry_points(kind)
     if name in points:
-        return Entry(kind, name, points[name], "entry point", _module_file(points[name].partition(":")[0]))
+        return Entry(kind, name, points[name], "entry point", module_file(points[name].partition(":")[0]))
     if ":" in name:
         return _dotted(kind, name, folder)
     hint = did_you_mean(name, names(kind)) or f"`robustkit list {kind}` shows them all"
@@ -190,10 +123,10 @@ def _library(kind: Kind, name: str, prefix: str, files: Mapping[str, Path]) -> E
 def _dotted(kind: Kind, name: str, folder: Path | None) -> Entry:
     where, _, attribute = name.rpartition(":")
     if where.endswith(".py"):
-        file: Path | None = _absolute(Path(where), folder)
+        file: Path | None = absolute(Path(where), folder)
         target, origin = f"{file}:{attribute}", f"file {where}"
     else:
-        file, target, origin = _module_file(where), name, f"module {where}"
+        file, target, origin = module_file(where), name, f"module {where}"
     if file is None or not file.is_file():
         raise UsageError(f"{kind} {name!r}: there is no file or module {where!r}")
     if read_summary(file, attribute) is None:
@@ -207,11 +140,13 @@ def runs_user_code(entry: Entry) -> bool:
 
 
 def source_hash(entry: Entry) -> str:
-    """Return what stands for the plugin's source in a step's key: a version, or the sha256 of a user's file."""
+    """Return what stands for the plugin's source in a step's key: a version, or the sha256 of a user's source."""
     if entry.origin == "builtin":
         return f"robustkit {__version__}"
     if entry.origin in ("torchattacks", "torchvision"):
         return f"{entry.origin} {importlib.metadata.version(entry.origin)}"
+    if entry.file is None and entry.origin == "registered":
+        return hashlib.sha256(code_of(_registered.objects[entry.kind, entry.name]).encode()).hexdigest()
     if entry.file is None:
         return entry.target
     try:
@@ -256,7 +191,7 @@ def load(entry: Entry) -> Any:  # noqa: ANN401
     try:
         if entry.origin.startswith("file"):
             assert entry.file is not None
-            module = _import_file(entry.file)
+            module = import_file(entry.file)
         elif entry.origin == "torchvision":
             module = importlib.import_module("torchvision.models")
         else:
@@ -277,87 +212,27 @@ def create(entry: Entry, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
 def torchattacks_files() -> dict[str, Path]:
     """Return the attack classes of the installed torchattacks and the file of each, without importing it."""
-    root = _package_folder("torchattacks")
+    root = package_folder("torchattacks")
     return _classes([*sorted((root / "attacks").glob("*.py")), *sorted((root / "wrappers").glob("*.py"))], "Attack")
 
 
 def torchvision_files() -> dict[str, Path]:
     """Return the classification models of the installed torchvision and the file of each, without importing it."""
-    folder = _package_folder("torchvision") / "models"
+    folder = package_folder("torchvision") / "models"
     return _builders(sorted(folder.glob("*.py")))
 
 
-@cache
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise UsageError(f"{name} is not installed")
-    return Path(spec.origin).parent
-
-
 def _classes(files: Iterable[Path], base: str) -> dict[str, Path]:
-    from robustkit.signatures import classes_of
-
     return {name: file for file in files for name in classes_of(file, base)}
 
 
 def _builders(files: Iterable[Path]) -> dict[str, Path]:
-    from robustkit.signatures import functions_of
-
     return {name: file for file in files for name in functions_of(file, "register_model")}
 
 
 def _entry_points(kind: Kind) -> dict[str, str]:
     group = ENTRY_POINTS.get(kind)
     return {point.name: point.value for point in importlib.metadata.entry_points(group=group)} if group else {}
-
-
-def _module_file(module: str) -> Path | None:
-    """Find a module's file without importing it or its parents."""
-    head, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(head)
-    except (ImportError, ValueError):
-        return None
-    if spec is None:
-        return None
-    if not rest:
-        return Path(spec.origin) if spec.origin else None
-    for location in spec.submodule_search_locations or ():
-        base = Path(location, *rest)
-        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-    return None
-
-
-def _source_of(made: Callable[..., Any]) -> Path | None:
-    module = sys.modules.get(made.__module__)
-    file = getattr(module, "__file__", None)
-    return Path(file) if file else None
-
-
-def _absolute(path: Path, folder: Path | None) -> Path:
-    path = path.expanduser()
-    return path if path.is_absolute() else (folder or Path.cwd()) / path
-
-
-def _import_file(path: Path) -> Any:  # noqa: ANN401
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    name = f"robustkit_user_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _snake(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +86,42 @@ def test_a_changed_file_changes_the_keys(tmp_path: Path) -> None:
         file.write("# changed\n")
     after = {step.key: step.variant for step in plan_of(parse_recipe(text, folder=tmp_path)).steps}
     assert {name for key, name in after.items() if key not in before} == {"one", ""}
+
+
+def test_a_file_that_changes_while_python_runs_is_imported_again(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    text = "from robustkit import Defense\n\nclass Quiet(Defense):\n    weight = 1\n"
+    made = []
+    for weight in (1, 2, 2):
+        path.write_text(text.replace("weight = 1", f"weight = {weight}"))
+        made.append(registry.load(registry.find("defense", "mine.py:Quiet", folder=tmp_path)))
+    assert [one.weight for one in made] == [1, 2, 2]
+    assert made[1] is made[2]
+
+
+CELL = """
+import functools
+import robustkit
+from robustkit import registry
+
+@robustkit.register("attack")
+class Quiet:
+    weight = 1
+    @functools.lru_cache
+    def __call__(self, model, x, y, threat, *, generator):
+        return [0.5 * one for one in x if one in {"a", "b", "c", "d"}]
+
+print(registry.source_hash(registry.find("attack", "quiet")))
+"""
+
+
+def test_a_class_typed_into_an_interpreter_changes_the_keys() -> None:
+    def typed(cell: str) -> str:
+        return subprocess.run([sys.executable, "-c", cell], check=True, capture_output=True, text=True).stdout
+
+    first = typed(CELL)
+    assert typed(CELL) == first, "another process gives another key"
+    assert len({first, typed(CELL.replace("weight = 1", "weight = 2")), typed(CELL.replace("0.5", "0.6"))}) == 3
 
 
 def test_register(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def _fit_step(
         model=_identity("model", variant.model, source_hash),
         defenses=[_identity("defense", use, source_hash) for use in variant.defenses] if train else [],
         compress=[_identity("compressor", use, source_hash) for use in variant.compress],
-        threat=_threat(variant.threat) if train and variant.defenses else None,
+        threat=_threat(variant.threat) if variant.compress or (train and variant.defenses) else None,
         train=_train(train, source_hash) if train else None,
         normalize=recipe.normalize.model_dump() if recipe.normalize and not parent else None,
     )

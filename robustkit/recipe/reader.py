@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from robustkit import registry
+from robustkit.checking import explain_details
 from robustkit.errors import Problem, UsageError, did_you_mean
 from robustkit.recipe.document import Document, PathTuple
 from robustkit.recipe.spec import Use
-from robustkit.signatures import explain_details
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from robustkit.results import EpochRow
 
-Verdict = Literal["ok", "diverged", "stuck", "collapsed"]
+Verdict = Literal["ok", "diverged", "stuck", "collapsed", "rolled-back"]
 
 MAX_ROLLBACKS = 3
 MAX_RESTARTS = 2

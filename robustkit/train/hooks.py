@@ -165,7 +165,10 @@ class Defense:
         """Run after the optimizer's step: EMA, masks."""
 
     def after_epoch(self, report: EpochReport) -> Decision:
-        """Ask to go on, to stop, to roll back or to fail."""
+        """Ask to go on, to stop, to undo this epoch (half the learning rate, three times at most), or to fail.
+
+        An epoch that is undone takes the defense's own state with it.
+        """
         return Decision.CONTINUE
 
     def ready(self, step: Step) -> bool:

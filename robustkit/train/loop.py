@@ -19,11 +19,12 @@ from robustkit.errors import TrainingError
 from robustkit.recipe.spec import TrainSpec
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
-from robustkit.train.guards import MAX_RESTARTS, MAX_ROLLBACKS, Guards
+from robustkit.train.guards import Guards, Verdict
 from robustkit.train.hooks import Batch, DataContext, Decision, EpochReport, Step, is_adversarial
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
 from robustkit.train.probe import Probe
+from robustkit.train.recovery import Recovery
 from robustkit.train.state import (
     Checkpoint,
     Named,
@@ -169,14 +170,19 @@ class _Run:
         """Train to the end, from where the checkpoint left off."""
         state = self._start(checkpoint)
         good = snapshot(self.model, self.optimizer, self.defenses)
+        recovery = Recovery(self._put_back, self.initial, self.on_event)
         while state.epoch < self.spec.epochs and state.guards.collapsed_at is None:
             row = self._epoch(state)
-            verdict = state.guards.judge(row, state.rows) if self.spec.guards else "ok"
+            weights = weights_of(self._evaluated())
+            verdict, stop = self._judge(row, state)
             if verdict == "ok":
-                stop = self._accept(row, state)
+                self._accept(row, state, weights)
                 good = snapshot(self.model, self.optimizer, self.defenses)
             else:
-                stop = self._recover(verdict, row, state, good)
+                stop = recovery.recover(verdict, row, state, good)
+                if stop and verdict == "stuck":
+                    self._accept(row, state, weights)
+                    state.guards.collapsed_at = row.epoch
             if checkpoint is not None:
                 checkpoint.save(to_file(state, good))
             if stop:
@@ -192,6 +198,9 @@ class _Run:
         state = from_file(saved, guards)
         self.on_event("resume", {"epoch": state.epoch, "epochs": self.spec.epochs})
         return state
+
+    def _put_back(self, saved: dict[str, Any]) -> None:
+        restore(saved, self.model, self.optimizer, self.defenses)
 
     def _seed(self, label: str, state: TrainingState) -> int:
         attempt = state.guards.rollbacks + state.guards.restarts
@@ -279,23 +288,31 @@ class _Run:
             model = defense.evaluated_model(model)
         return model
 
-    def _accept(self, row: EpochRow, state: TrainingState) -> bool:
+    def _judge(self, row: EpochRow, state: TrainingState) -> tuple[Verdict, bool]:
+        """Return what the guards and the defenses make of an epoch, and whether it is to be the last one."""
+        verdict: Verdict = state.guards.judge(row, state.rows) if self.spec.guards else "ok"
+        if verdict != "ok":
+            return verdict, False
+        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust)
+        decisions = [defense.after_epoch(report) for _, defense in self.defenses]
+        if Decision.FAIL in decisions:
+            raise TrainingError(f"a defense gave up after epoch {row.epoch + 1}")
+        if Decision.ROLLBACK in decisions:
+            return "rolled-back", False
+        return "ok", Decision.STOP in decisions
+
+    def _accept(self, row: EpochRow, state: TrainingState, weights: Weights) -> None:
         progress = (state.epoch + 1) / self.spec.epochs
         step = Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, torch.Generator())
         state.rows.append(row)
         state.epoch += 1
-        state.last = weights_of(self._evaluated())
+        state.last = weights
         if all(defense.ready(step) for _, defense in self.defenses):
             score = self._score(row)
             if score >= state.best_score:
                 state.best, state.best_epoch, state.best_score = state.last, row.epoch, score
         left = (self.spec.epochs - state.epoch) * state.seconds / max(1, len(state.rows))
         self.on_event("epoch", {**row.model_dump(), "epochs": self.spec.epochs, "eta": round(left, 1)})
-        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust)
-        decisions = [defense.after_epoch(report) for _, defense in self.defenses]
-        if Decision.FAIL in decisions:
-            raise TrainingError(f"a defense gave up after epoch {row.epoch + 1}")
-        return Decision.STOP in decisions
 
     def _score(self, row: EpochRow) -> tuple[float, float]:
         select = self.spec.select
@@ -304,49 +321,6 @@ class _Run:
         if select == "clean" or row.robust is None:
             return row.clean, 0.0
         return row.robust, row.clean
-
-    def _recover(self, verdict: str, row: EpochRow, state: TrainingState, good: dict[str, Any]) -> bool:
-        """Return to an earlier state, or end the training; returns whether it ends."""
-        guards, number = state.guards, row.epoch + 1
-        if verdict == "diverged":
-            if guards.rollbacks >= MAX_ROLLBACKS:
-                raise TrainingError(
-                    f"the loss is not finite in epoch {number}, after {MAX_ROLLBACKS} returns with half the learning "
-                    "rate each: lower train.optimizer's lr"
-                )
-            guards.rollbacks += 1
-            guards.lr_scale /= 2
-            restore(good, self.model, self.optimizer, self.defenses)
-            return self._flag(state, "diverged", f"loss not finite in epoch {number}: went back, learning rate halved")
-        if verdict == "collapsed":
-            guards.collapsed_at = row.epoch
-            single = getattr(row, "single_step", None) or 0.0
-            message = (
-                f"catastrophic overfitting in epoch {number} (multi-step {row.robust or 0:.1%}, single-step "
-                f"{single:.1%} on validation): training ended with the weights from before; use n_fgsm with more "
-                "noise, pgd_training, or a lower eps"
-            )
-            restore(good, self.model, self.optimizer, self.defenses)
-            self._flag(state, "catastrophic-overfitting", message)
-            return True
-        if guards.restarts >= MAX_RESTARTS:
-            self._flag(state, "stuck", f"predicts a constant after {guards.restarts} restarts: not trained")
-            self._accept(row, state)
-            guards.collapsed_at = row.epoch
-            return True
-        guards.restarts += 1
-        guards.lr_scale /= 10
-        restore(self.initial, self.model, self.optimizer, self.defenses)
-        state.epoch, state.rows, state.best_epoch, state.best_score = 0, [], -1, (-1.0, -1.0)
-        state.best, state.last = {}, {}
-        return self._flag(state, "stuck", f"stuck at chance in epoch {number}: started again with a tenth of the rate")
-
-    def _flag(self, state: TrainingState, kind: str, message: str) -> bool:
-        severity = "wrong" if "not trained" in message else "doubt" if kind == "catastrophic-overfitting" else "note"
-        state.flags.append(Flag.model_validate({"id": kind, "severity": severity, "message": message}))
-        state.guards.history.append({"kind": kind, "message": message})
-        self.on_event("guard", {"guard": kind, "message": message})
-        return False
 
     def _finish(self, state: TrainingState) -> Fitted:
         if not state.last:

@@ -357,6 +357,29 @@ class GivesUp(Defense):
         return Decision.FAIL
 
 
+class Undoes(Defense):
+    """Undoes the second epoch, as often as it is told."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def after_epoch(self, report: EpochReport) -> Decision:
+        self.left -= report.epoch == 1
+        return Decision.ROLLBACK if report.epoch == 1 and self.left >= 0 else Decision.CONTINUE
+
+
+def test_a_defense_may_undo_an_epoch(digits: Dataset) -> None:
+    plain = train(digits, [], schedule=use("constant"), epochs=3)
+    fitted = train(digits, [("undoes", Undoes(1))], schedule=use("constant"), epochs=3)
+    assert [row.epoch for row in fitted.epochs] == [0, 1, 2]
+    assert fitted.epochs[0].loss == plain.epochs[0].loss
+    rates = [getattr(row, "lr") for row in fitted.epochs]  # noqa: B009
+    assert rates[1:] == [rates[0] / 2] * 2
+    assert [flag.id for flag in fitted.flags] == ["rolled-back"]
+    with pytest.raises(TrainingError, match="asked to undo epoch 2, after 3 returns"):
+        train(digits, [("undoes", Undoes(9))], epochs=3)
+
+
 def test_a_defense_may_stop_or_fail_a_training(digits: Dataset) -> None:
     assert len(train(digits, [("patient", Patient())], epochs=9).epochs) == 2
     with pytest.raises(TrainingError, match="gave up after epoch 1"):

@@ -178,20 +178,20 @@ def pending(plan: Plan, store: Store) -> list[Step]:
 
 
 def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tuple[Failure, ...]:
-    from robustkit.steps import Workbench
+    from robustkit.steps import STEPS
+    from robustkit.workbench import Workbench
 
     bench = Workbench(plan, store, events)
     failures: list[Failure] = []
-    failed: set[str] = set()
     for number, step in enumerate(todo, 1):
-        if step.kind != "latency" and failed & set(step.parents):
-            failed.add(step.key)
+        if step.kind != "latency" and bench.failed & set(step.parents):
+            bench.failed.add(step.key)
             continue
         events.context = {"variant": step.variant, "seed": step.seed, "kind": step.kind, "key": step.key}
         events("start", {"number": number, "todo": len(todo), "description": step.description})
         started = time.perf_counter()
         try:
-            bench.run(step, skip=failed)
+            STEPS[step.kind](bench, step)
         except RobustkitError as error:
             failures.append(Failure(step, str(error)))
         except Exception as error:  # a user's plugin may raise anything; the trace goes into the events
@@ -200,7 +200,7 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
         else:
             events("done", {"seconds": round(time.perf_counter() - started, 3)})
             continue
-        failed.add(step.key)
+        bench.failed.add(step.key)
         events("failed", {"message": failures[-1].message})
     events.context = {}
     return tuple(failures)

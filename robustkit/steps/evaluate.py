@@ -1,0 +1,183 @@
+"""The steps that measure a model: costs, clean accuracy, attacks, security curve, sanity checks, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.attacks.gradient import Pgd
+from robustkit.attacks.noise import Noise
+from robustkit.attacks.threat import Attack
+from robustkit.compress.costs import measure_costs, measure_latency, notes_of
+from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.checks import preflight
+from robustkit.evaluation.curve import security_curve
+from robustkit.evaluation.outcome import Outcome
+from robustkit.recipe.plan import Step
+from robustkit.seeding import derive_seed
+from robustkit.workbench import MODEL, Workbench, threat_of
+
+OUTCOME = "outcome.npz"
+GALLERY = "gallery.npz"
+CURVE_STEPS = 10
+CURVE_TRIES = 4
+
+
+def measure_step(bench: Workbench, step: Step) -> None:
+    """Store parameters, non-zeros, bytes, MACs and sparsity per layer of a model."""
+    (fit_key,) = step.parents
+    costs = measure_costs(bench.model(fit_key), bench.any_dataset().shape, bench.store.step(fit_key) / MODEL)
+    values = asdict(costs)
+    values["layers"] = [layer.model_dump() for layer in costs.layers]
+    values["notes"] = notes_of(costs)
+    values["classes"] = list(bench.any_dataset().classes)
+    bench.store.finish(step.key, values)
+
+
+def clean_step(bench: Workbench, step: Step) -> None:
+    """Store which test examples a model gets right without an attack."""
+    test = bench.test()
+    outcome = clean_outcome(
+        bench.model(step.parents[0]),
+        test.images,
+        test.labels,
+        batch_size=bench.recipe.evaluate.batch_size,
+        device=bench.device,
+    )
+    _finish_outcome(bench, step, outcome)
+
+
+def attack_step(bench: Workbench, step: Step) -> None:
+    """Store which test examples a model gets right under one attack, and images for the gallery."""
+    assert step.use is not None
+    model, test = bench.model(step.parents[0]), bench.test()
+    attack = bench.create("attack", step.use)
+    outcome = attack_outcome(
+        model,
+        test.images,
+        test.labels,
+        attack,  # type: ignore[arg-type]
+        threat_of(bench.recipe.threat),
+        clean=_read_outcome(bench, step.parents[1]),
+        seed=derive_seed(step.seed, step.key, "attack"),
+        label=step.use.name,
+        batch_size=bench.recipe.evaluate.batch_size,
+        device=bench.device,
+        keep=bench.recipe.evaluate.gallery,
+        on_progress=bench.progress,
+    )
+    files: tuple[str, ...] = (OUTCOME,)
+    if outcome.adversarial is not None and len(outcome.adversarial):
+        _write_gallery(bench, step, model, outcome.adversarial)
+        files = (OUTCOME, GALLERY)
+    notes = [str(note) for note in getattr(attack, "notes", ())]
+    expected = bool(getattr(attack, "minimum_norm", False))
+    _finish_outcome(bench, step, outcome, {"notes": notes, "minimum_norm": expected}, files)
+
+
+def _write_gallery(bench: Workbench, step: Step, model: nn.Module, adversarial: Tensor) -> None:
+    count = len(adversarial)
+    clean = bench.test().images[:count]
+    with torch.no_grad():
+        before = model(clean.to(torch.float32) / 255).float().softmax(1)
+        after = model(adversarial.to(bench.device)).float().softmax(1)
+    arrays = {
+        "clean": clean,
+        "adversarial": adversarial.float(),
+        "label": bench.test().labels[:count],
+        "prediction_clean": before.argmax(1),
+        "prediction_adversarial": after.argmax(1),
+        "confidence_clean": before.amax(1),
+        "confidence_adversarial": after.amax(1),
+    }
+    bench.store.write_arrays(step.key, GALLERY, {name: value.cpu().numpy() for name, value in arrays.items()})
+
+
+def _finish_outcome(
+    bench: Workbench,
+    step: Step,
+    outcome: Outcome,
+    extra: Mapping[str, Any] | None = None,
+    files: tuple[str, ...] = (OUTCOME,),
+) -> None:
+    arrays = {
+        "correct": outcome.correct,
+        "prediction": outcome.prediction,
+        "distance": outcome.distance,
+        "labels": bench.test().labels.cpu().numpy(),
+    }
+    bench.store.write_arrays(step.key, OUTCOME, arrays)
+    record = {
+        "forwards": outcome.forwards,
+        "backwards": outcome.backwards,
+        "seconds": outcome.seconds,
+        "projected": outcome.projected,
+        **(extra or {}),
+    }
+    bench.store.finish(step.key, record, files)
+
+
+def _read_outcome(bench: Workbench, key: str) -> Outcome:
+    """Return the stored outcome of a clean or an attack step."""
+    record = bench.store.record(key) or {}
+    arrays = bench.store.read_arrays(key, OUTCOME)
+    return Outcome(
+        correct=arrays["correct"],
+        prediction=arrays["prediction"],
+        distance=arrays["distance"],
+        forwards=int(record.get("forwards", 0)),
+        backwards=int(record.get("backwards", 0)),
+        seconds=float(record.get("seconds", 0.0)),
+        projected=int(record.get("projected", 0)),
+    )
+
+
+def curve_step(bench: Workbench, step: Step) -> None:
+    """Store which test examples stay right at each eps of the security curve."""
+    recipe, test = bench.recipe, bench.test()
+    model, clean = bench.model(step.parents[0]), _read_outcome(bench, step.parents[1])
+    attacks: dict[str, Attack] = {"pgd": Pgd(steps=CURVE_STEPS), "noise": Noise(tries=CURVE_TRIES)}
+    correct = {
+        name: security_curve(
+            model,
+            test.images,
+            test.labels,
+            attack,
+            recipe.threat.norm,
+            recipe.evaluate.eps_curve,
+            clean=clean,
+            seed=derive_seed(step.seed, step.key, name),
+            batch_size=recipe.evaluate.batch_size,
+            device=bench.device,
+        )
+        for name, attack in attacks.items()
+    }
+    record = {"eps": list(recipe.evaluate.eps_curve), "correct": correct, "n": len(test)}
+    bench.store.finish(step.key, record)
+
+
+def checks_step(bench: Workbench, step: Step) -> None:
+    """Store the flags of the sanity checks on a model."""
+    test = bench.test()
+    flags = preflight(
+        bench.model(step.parents[0]),
+        test.images,
+        test.labels,
+        threat_of(bench.recipe.threat),
+        seed=derive_seed(step.seed, step.key),
+        device=bench.device,
+    )
+    bench.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags]})
+
+
+def latency_step(bench: Workbench, step: Step) -> None:
+    """Store the latency of all models that there are, measured in turns."""
+    keys = [key for key in dict.fromkeys(step.parents) if key not in bench.failed]
+    models = {key: bench.load(key) for key in keys}
+    measured = measure_latency(models, bench.any_dataset().shape, bench.device) if models else {}
+    latency = {key: {batch: value.model_dump() for batch, value in found.items()} for key, found in measured.items()}
+    bench.store.finish(step.key, {"latency": latency})

@@ -1,0 +1,128 @@
+"""The fit step: a variant from its parent's weights or from scratch, compressed, trained, and saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustkit.checkpoint import StateFile
+from robustkit.compress.keeper import MaskKeeper
+from robustkit.data.split import Dataset
+from robustkit.models.artefact import save_model
+from robustkit.models.build import build_model
+from robustkit.recipe.plan import Step, content_key
+from robustkit.recipe.spec import VariantSpec
+from robustkit.seeding import derive_seed
+from robustkit.store import STATE
+from robustkit.train.hooks import Defense
+from robustkit.train.loop import fit
+from robustkit.workbench import MODEL, Workbench, threat_of
+
+LAST = "last.safetensors"
+
+
+def fit_step(bench: Workbench, step: Step) -> None:
+    """Make a variant: its parent's weights or new ones, compressed, trained, saved as best and last."""
+    variant = bench.recipe.variant(step.variant)
+    data = bench.dataset(variant.train.validation) if variant.train else bench.any_dataset()
+    model = _start(bench, variant, step, data).to(bench.device)
+    keeper = _keeper(bench, variant, step, data)
+    record: dict[str, Any] = {"variant": step.variant, "seed": step.seed}
+    files: tuple[str, ...] = (MODEL,)
+    if variant.train:
+        defenses = _defenses(bench, variant, keeper)
+        fitted = fit(
+            model,
+            data,
+            variant.train,
+            defenses,
+            threat=threat_of(variant.threat),
+            seed=step.seed,
+            key=step.key,
+            device=bench.device,
+            on_event=bench.events,
+            checkpoint=StateFile(bench.store.step(step.key) / STATE, bench.warn),
+            augment=[bench.create("augmentation", use) for use in variant.train.augment],  # type: ignore[misc]
+        )
+        model = fitted.model
+        record |= {
+            "best_epoch": fitted.best_epoch,
+            "epochs": [row.model_dump() for row in fitted.epochs],
+            "flags": [flag.model_dump() for flag in fitted.flags],
+            "notes": list(fitted.notes),
+            "train_seconds": fitted.seconds,
+        }
+        last = _start(bench, variant, step, data)
+        last.load_state_dict(fitted.last_state)
+        _save(bench, last, variant, data, step, LAST)
+        files = (MODEL, LAST)
+    elif keeper is not None:
+        model = keeper.compress(model)
+    if keeper is not None:
+        model = keeper.finish(model)
+    _save(bench, model, variant, data, step, MODEL)
+    bench.store.finish(step.key, record, files)
+
+
+def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Dataset, step: Step, name: str) -> None:
+    folder = bench.store.step(step.key)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, folder / name, variant.model, shape=data.shape, classes=data.classes)
+
+
+def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:
+    if step.parents:
+        return bench.load(step.parents[0])
+    with torch.random.fork_rng():
+        # Variants of one architecture start from the same weights, so that differences come from the defenses.
+        identity = content_key(model=variant.model.name, parameters=variant.model.parameters)
+        torch.manual_seed(derive_seed(step.seed, "init", identity))
+        given = bench.recipe.normalize
+        return build_model(
+            variant.model,
+            shape=data.shape,
+            classes=len(data.classes),
+            mean=given.mean if given else data.mean,
+            std=given.std if given else data.std,
+            folder=bench.recipe.folder,
+            plugins=bench.recipe.plugins,
+        )
+
+
+def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> MaskKeeper | None:
+    inherit = _compressed(bench, variant.parent)
+    if not variant.compress and not inherit:
+        return None
+    return MaskKeeper(
+        [bench.create("compressor", use) for use in variant.compress],
+        inherit=inherit,
+        context_seed=derive_seed(step.seed, step.key, "compress"),
+        example=torch.zeros(2, *data.shape),
+        threat=threat_of(variant.threat),
+    )
+
+
+def _compressed(bench: Workbench, label: str | None) -> bool:
+    """Say whether a variant or one that it descends from is compressed: then its zeros are inherited."""
+    while label is not None:
+        variant = bench.recipe.variant(label)
+        if variant.compress:
+            return True
+        label = variant.parent
+    return False
+
+
+def _defenses(bench: Workbench, variant: VariantSpec, keeper: MaskKeeper | None) -> list[tuple[str, Defense]]:
+    named: list[tuple[str, Defense]] = []
+    seen: dict[str, int] = {}
+    for use in variant.defenses:
+        seen[use.name] = seen.get(use.name, 0) + 1
+        defense = bench.create("defense", use)
+        assert isinstance(defense, Defense)
+        # The number of the use, not its label: renaming must not shift any random number.
+        named.append((f"{use.name}#{seen[use.name]}", defense))
+    if keeper is not None:
+        named.append(("masks", keeper))
+    return named

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -123,10 +124,12 @@ def attack_outcome(
     started = time.perf_counter()
     threat = threat.to(device)
     todo = torch.from_numpy(np.flatnonzero(clean.correct))
-    prediction = torch.from_numpy(clean.prediction.copy())
-    distance = torch.zeros(len(y))
-    projected = torch.zeros((), dtype=torch.int64, device=device)
-    kept = as_images(x[:keep].to("cpu")).clone()
+    seen = _Seen(
+        prediction=torch.from_numpy(clean.prediction.copy()),
+        distance=torch.zeros(len(y)),
+        projected=torch.zeros((), dtype=torch.int64, device=device),
+        images=as_images(x[:keep].to("cpu")).clone(),
+    )
     with undisturbed(model), torch.enable_grad():
         counted = CountedModel(model).eval()
         for first in range(0, len(todo), batch_size):
@@ -141,22 +144,36 @@ def attack_outcome(
             counted.eval()
             with torch.no_grad():
                 answer = counted(found).argmax(1)
-            projected += outside
-            prediction[index], distance[index] = answer.cpu(), length.cpu()
-            shown = index < keep
-            kept[index[shown]] = found[shown.to(device)].cpu()
+            seen.add(index, found, answer, length, outside)
             if on_progress is not None:
                 on_progress(min(first + batch_size, len(todo)), len(todo))
     return Outcome(
-        correct=(prediction == y.cpu()).numpy(),
-        prediction=prediction.numpy(),
-        distance=distance.numpy(),
+        correct=(seen.prediction == y.cpu()).numpy(),
+        prediction=seen.prediction.numpy(),
+        distance=seen.distance.numpy(),
         forwards=counted.forwards,
         backwards=counted.backwards,
         seconds=time.perf_counter() - started,
-        projected=int(projected),
-        adversarial=kept if keep else None,
+        projected=int(seen.projected),
+        adversarial=seen.images if keep else None,
     )
+
+
+@dataclass
+class _Seen:
+    """What an attack did so far: one entry a test example, and the first examples' images."""
+
+    prediction: Tensor
+    distance: Tensor
+    projected: Tensor
+    images: Tensor
+
+    def add(self, index: Tensor, found: Tensor, answer: Tensor, length: Tensor, outside: Tensor) -> None:
+        """Take in the batch of the examples at `index`."""
+        self.projected += outside
+        self.prediction[index], self.distance[index] = answer.cpu(), length.cpu()
+        shown = index < len(self.images)
+        self.images[index[shown]] = found[shown.to(found.device)].cpu()
 
 
 def generator_for(attack: Attack, seed: int, label: str, first: int, device: torch.device) -> torch.Generator:

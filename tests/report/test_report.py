@@ -30,6 +30,7 @@ from robustkit.results import (
     LayerSparsity,
     Results,
     VariantResult,
+    read_results,
     write_results,
 )  # fmt: skip
 from robustkit.store import write_npz
@@ -225,7 +226,13 @@ def test_later_keys_are_kept_and_do_no_harm(run: Path) -> None:
     spoil(lambda found: found.update(later=1) or found["variants"][0].update(corruptions={"fog": 0.5}))(  # type: ignore[index,func-returns-value]
         run / "results.json"
     )
+    (run / "report.html").unlink(missing_ok=True)
     write_report(run)
+    assert "most robust" in (run / "report.html").read_text()
+    found = read_results(run / "results.json")
+    write_results(found, run / "again.json")
+    again = json.loads((run / "again.json").read_text())
+    assert (again["later"], again["variants"][0]["corruptions"]) == (1, {"fog": 0.5})
 
 
 def test_no_torch_is_imported(run: Path) -> None:

@@ -110,7 +110,7 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
     if not {"fit", "measure", "clean"} <= set(found.records):
         return None
     order = {"clean": found.correct["clean"], **found.correct}
-    found.correct = {**order, "worst": np.logical_and.reduce(list(order.values()))}
+    found.correct = {**order, "worst": stats.worst_case(order.values())}
     return found
 
 

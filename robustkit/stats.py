@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
@@ -14,6 +14,11 @@ from robustkit.results import Paired, Rate
 CONFIDENCE = 0.95
 Z = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
+
+
+def worst_case(correct: Iterable[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """Return which examples (N,) are right in every one of the arrays (N,)."""
+    return np.asarray(np.stack(list(correct)).all(axis=0))
 
 
 def clopper_pearson(correct: int, n: int, confidence: float = CONFIDENCE) -> Rate:

@@ -127,7 +127,7 @@ def _evaluation(
     device: torch.device,
 ) -> Evaluation:
     correct = {"clean": clean.correct, **{label: outcome.correct for label, outcome in outcomes.items()}}
-    worst = np.logical_and.reduce(list(correct.values()))
+    worst = stats.worst_case(correct.values())
     flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
     minimum_norm = {label for label, (_, attack) in made.items() if getattr(attack, "minimum_norm", False)}

@@ -32,7 +32,7 @@ def compare_flags(correct: Mapping[str, Bools], kinds: Mapping[str, str]) -> lis
     iterative = {label: values for label, values in by_kind.items() if kinds[label] in MULTI_STEP}
     if not iterative:
         return []
-    strong = np.logical_and.reduce(list(iterative.values()))
+    strong = stats.worst_case(iterative.values())
     names = ", ".join(iterative)
     found: list[Flag] = []
     for label, values in by_kind.items():

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from robustkit.report.tables import attack_labels, display_name, tree_order
 from robustkit.results import Curve, Results, VariantResult
@@ -199,12 +199,18 @@ def size(results: Results) -> Figure | None:
 
 
 def _size_scale(axes: Axes, values: list[float]) -> None:
-    """A log scale over a decade or more, else a linear one: a log scale within a decade has no room for its ticks."""
+    """A log scale over a decade or more, else a linear one from zero, where equal sizes and speeds look equal."""
     if values and max(values) >= 10 * min(values):
         axes.set_xscale("log")
-        return
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlim(0, 1.08 * max(values, default=1))
+    if values and max(values) >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def attack_map(results: Results) -> Figure | None:

@@ -33,7 +33,8 @@ class Npz:
         found = _load(path)
         images = {key: _images(found[key], f"{path}: {key}") for key in ("x_train", "x_test")}
         labels = {key: _labels(found[key], f"{path}: {key}") for key in ("y_train", "y_test")}
-        count = int(max(values.max(initial=0) for values in labels.values())) + 1
+        every = np.concatenate(list(labels.values()))
+        count = int(every.max()) + 1 if every.size else 1
         return Arrays(images["x_train"], labels["y_train"], images["x_test"], labels["y_test"], names_of(count))
 
     def fingerprint(self) -> str:

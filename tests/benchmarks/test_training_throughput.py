@@ -132,5 +132,6 @@ def test_the_training_loop_is_as_fast_as_its_model_and_faster_than_a_plain_loop(
         return found
 
     assert ratio("training loop", "constant batch") >= 0.95
-    ratio("training loop", "DataLoader")
+    # What ToTensor alone costs beside the convolutions depends on the processor: 1.4 to 2.0 were seen.
+    assert ratio("training loop", "DataLoader") >= 1.25
     assert ratio("training loop, crops and flips", "DataLoader, crops and flips") >= 1.6

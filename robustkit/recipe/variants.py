@@ -47,9 +47,8 @@ def read_variants(
     drafts = [draft for label, given in value.items() for draft in _expand(reader, label, given)]
     by_label = _unique(reader, drafts)
     reader.labels = tuple(by_label)
-    ordered = _ordered(reader, by_label)
     done: dict[str, VariantSpec] = {}
-    for draft in ordered:
+    for draft in _ordered(reader, by_label):
         spec = _variant(reader, draft, done, model, threat, train)
         if spec is not None:
             done[draft.label] = spec
@@ -89,19 +88,22 @@ def _unique(reader: Reader, drafts: list[Draft]) -> dict[str, Draft]:
 
 
 def _ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
-    """Return parents before children, else in the order of the file; cycles and missing parents are problems."""
+    """Return parents before children, else in the order of the file; cycles and missing parents are problems.
+
+    Variants without a parent that can be had come last: what else is wrong with them is to be said as well.
+    """
     done: list[Draft] = []
     placed: set[str] = set()
-    waiting = dict(drafts)
+    waiting, lost = dict(drafts), []
     for draft in drafts.values():
         parent = draft.given.get("from")
         if parent is not None and not isinstance(parent, str):
             reader.problem((*draft.path, "from"), "`from` is the label of one variant")
-            del waiting[draft.label]
+            lost.append(waiting.pop(draft.label))
         elif parent is not None and parent not in drafts:
             hint = did_you_mean(parent, drafts)
             reader.problem((*draft.path, "from"), f"there is no variant {parent!r}", hint)
-            del waiting[draft.label]
+            lost.append(waiting.pop(draft.label))
     while True:
         ready = [one for one in waiting.values() if one.parent is None or one.parent in placed]
         if not ready:
@@ -117,7 +119,7 @@ def _ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
         if chain and not told & set(chain):
             told |= set(chain)
             reader.problem((*draft.path, "from"), f"`from` goes in a circle: {' -> '.join(chain)}")
-    return done
+    return [*done, *lost, *waiting.values()]
 
 
 def _cycle(draft: Draft, drafts: dict[str, Draft]) -> list[str]:
@@ -145,8 +147,7 @@ def _variant(
 ) -> VariantSpec | None:
     path, given = draft.path, draft.given
     parent = done.get(draft.parent) if draft.parent else None
-    if draft.parent and parent is None:
-        return None
+    lost = draft.given.get("from") is not None and parent is None
     chosen = _model(reader, draft, parent, model)
     budget = parent.threat if parent else threat
     if given.get("threat") is not None:
@@ -165,7 +166,7 @@ def _variant(
         )
     if trains:
         _check_exclusive(reader, draft, defenses)
-    if chosen is None:
+    if chosen is None or lost:
         return None
     return VariantSpec(
         label=draft.label,

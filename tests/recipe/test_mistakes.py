@@ -113,6 +113,18 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+@pytest.mark.parametrize("parent", ["robots", "child", "pruned", "[robust]"])
+def test_a_variant_whose_parent_cannot_be_had_is_checked_all_the_same(parent: str) -> None:
+    text = change("from: robust", "from: child").replace("80%}", "1.2}")
+    text = text.replace(
+        "evaluate:", f"  child: {{from: {parent}, defenses: [dropuot], train: {{epohcs: 1}}}}\nevaluate:"
+    )
+    found = "\n".join(problems_of(text))
+    for mistake in ("sparsity", "dropuot", "epohcs"):
+        assert mistake in found
+    assert len(problems_of(text)) == 4
+
+
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_is_shown_at_its_place(what: str) -> None:
     text, place, message, hint = MISTAKES[what]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from robustkit import registry
 from robustkit.cli.group import COMMANDS, run
+from robustkit.cli.progress import Display
 from robustkit.recipe.schema import load_recipe
 
 
@@ -98,3 +101,38 @@ def test_the_plugin_reference_is_up_to_date(capsys: pytest.CaptureFixture[str]) 
     assert run(["list", "--markdown"]) == 0
     text = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
     assert text[text.index("## data") :] == capsys.readouterr().out
+
+
+def test_lines_of_a_run_that_is_piped() -> None:
+    text = io.StringIO()
+    step = {"variant": "robust", "number": 2, "todo": 9}
+    with Display(Console(file=text, force_terminal=False, width=200)) as show:
+        show("run", {"name": "tiny", "steps": 12, "todo": 9})
+        show("start", {**step, "kind": "fit", "description": "n_fgsm()"})
+        epoch = {
+            "epoch": 0,
+            "epochs": 3,
+            "loss": 1.25,
+            "train_accuracy": 0.5,
+            "clean": 0.75,
+            "robust": 0.25,
+            "eta": 62.4,
+        }
+        show("epoch", {**step, **epoch})
+        show("guard", {**step, "message": "went back"})
+        show("done", {**step, "kind": "fit", "seconds": 3})
+        show("start", {**step, "kind": "attack", "description": "square"})
+        show("step", {**step, "step": 1, "steps": 2})
+        show("done", {**step, "kind": "attack", "seconds": 61})
+        show("start", {**step, "kind": "curve", "description": "security curve"})
+        show("failed", {**step, "message": "oh [dear]"})
+        show("a later event", {})
+    lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
+    assert lines == [
+        "tiny: 12 steps, 3 done before",
+        "robust epoch 1/3 loss 1.250 train 50.0% clean(val) 75.0% robust(val) 25.0% 1:02 left",
+        "robust guard: went back",
+        "robust made in 3.0 s",
+        "robust attack square in 1:01",
+        "robust failed: oh [dear]",
+    ]

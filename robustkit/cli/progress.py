@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -37,8 +36,8 @@ class Display:
         )
         self._task = self._progress.add_task("", total=None, detail="", visible=False)
         self._variant: tuple[object, object] | None = None
-        self._began = 0.0
         self._detail = ""
+        self._doing = ""
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -60,16 +59,14 @@ class Display:
         self._line(f"{values['name']}: {values['steps']} steps, {done} done before")
 
     def _on_start(self, values: Mapping[str, Any]) -> None:
-        self._began = time.monotonic()
         self._detail = ""
-        name = self._name(values)
-        self._progress.update(
-            self._task, description=name, total=None, completed=0, detail=values["kind"], visible=True
-        )
+        self._doing = _what(values)
+        name = f"[{values['number']}/{values['todo']}] {self._name(values)}"
+        self._progress.update(self._task, description=name, total=None, completed=0, detail=self._doing, visible=True)
 
     def _on_step(self, values: Mapping[str, Any]) -> None:
         self._progress.update(
-            self._task, total=values.get("steps"), completed=values.get("step", 0), detail=self._detail
+            self._task, total=values.get("steps"), completed=values.get("step", 0), detail=self._detail or self._doing
         )
 
     def _on_epoch(self, values: Mapping[str, Any]) -> None:
@@ -87,8 +84,7 @@ class Display:
 
     def _on_done(self, values: Mapping[str, Any]) -> None:
         if values["kind"] == "fit" or values["seconds"] >= 5:
-            what = "made" if values["kind"] == "fit" else values["kind"]
-            self._line(f"  {self._name(values):28} {what} in {_clock(values['seconds'])}")
+            self._line(f"  {self._name(values):28} {self._doing} in {_clock(values['seconds'])}")
 
     def _on_failed(self, values: Mapping[str, Any]) -> None:
         self._line(f"  {self._name(values):28} failed: {values['message']}", style="bold red")
@@ -107,6 +103,12 @@ class Display:
 
     def _line(self, text: str, style: str | None = None) -> None:
         self._progress.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _what(values: Mapping[str, Any]) -> str:
+    if values["kind"] == "fit":
+        return "made"
+    return f"attack {values['description']}" if values["kind"] == "attack" else str(values["description"])
 
 
 def _clock(seconds: float) -> str:

@@ -55,6 +55,10 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "noise": "robustkit.attacks.noise:Noise",
         "fgsm": "robustkit.attacks.gradient:Fgsm",
         "pgd": "robustkit.attacks.gradient:Pgd",
+        "apgd": "robustkit.attacks.apgd:Apgd",
+        "square": "robustkit.attacks.square:Square",
+        "cascade": "robustkit.attacks.cascade:Cascade",
+        "autoattack": "robustkit.attacks.autoattack:AutoAttack",
     },
     "optimizer": {
         "sgd": "robustkit.train.optim:Sgd",

@@ -38,6 +38,39 @@ def radial(x: Tensor, generator: torch.Generator) -> Tensor:
     return _unit(_shift(key, 64 - _BITS)).view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
 
 
+class Stream:
+    """Random numbers for the examples of one attack, a call at a time.
+
+    What an example gets in a call depends on its pixels, the generator and the number of calls before: not on which
+    other examples are still attacked.
+    """
+
+    def __init__(self, x: Tensor, generator: torch.Generator) -> None:
+        seed = torch.randint(2**62, (1, 1), generator=generator, device=generator.device).to(x.device)
+        self._keys = _mix_(_keys(x, _places(x)) ^ seed)
+        self._calls = 0
+
+    def seek(self, call: int) -> None:
+        """Go on as after `call` calls: what comes then does not depend on how many there were."""
+        self._calls = call
+
+    def uniform(self, index: Tensor, count: int) -> Tensor:
+        """Return numbers in [0, 1) (n, count) for the examples at `index` (n,), as float32."""
+        self._calls += 1
+        place = torch.arange(1, count + 1, device=self._keys.device)[None] * _GOLDEN
+        # Both sums wrap around; the constant keeps one call's numbers from being another's, shifted.
+        return _unit(_shift(_mix_(place + _mix_(self._keys[index] + _wrapped(self._calls * _FIRST))), 64 - _BITS))
+
+    def normal(self, index: Tensor, count: int) -> Tensor:
+        """Return standard normal numbers (n, count) for the examples at `index` (n,), by Box & Muller (1958)."""
+        radius = torch.log1p(-self.uniform(index, count)).mul_(-2).sqrt_()
+        return radius.mul_(self.uniform(index, count).mul_(2 * math.pi).cos_())
+
+    def signs(self, index: Tensor, count: int) -> Tensor:
+        """Return -1 and 1 (n, count), equally likely, for the examples at `index` (n,)."""
+        return torch.where(self.uniform(index, count) < 0.5, -1.0, 1.0)
+
+
 def _hash(x: Tensor, generator: torch.Generator) -> Tensor:
     """Return 64 random bits for each value of x, shaped (N, D)."""
     seed = torch.randint(2**62, (1, 1), generator=generator, device=generator.device).to(x.device)
@@ -66,6 +99,10 @@ def _mix_(z: Tensor) -> Tensor:
 def _shift(z: Tensor, count: int) -> Tensor:
     # torch shifts signed numbers arithmetically: the copies of the sign bit have to go.
     return (z >> count).bitwise_and_(2 ** (64 - count) - 1)
+
+
+def _wrapped(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _unit(bits: Tensor) -> Tensor:

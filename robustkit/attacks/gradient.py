@@ -8,51 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from robustkit.attacks.active import survivors
-from robustkit.attacks.losses import LOSSES, LossName, margin, margin_to, wrong_classes
-from robustkit.attacks.projection import l2_norm, random_start, within
+from robustkit.attacks.losses import LOSSES, LossName, as_logits, margin_to
+from robustkit.attacks.projection import random_start, within
+from robustkit.attacks.search import Search, input_gradient, steepest
 from robustkit.attacks.threat import Threat
-from robustkit.errors import AttackError, UsageError
+from robustkit.errors import UsageError
 from robustkit.params import PositiveFloat, PositiveInt
-
-NO_GRADIENT = (
-    "the model's output has no gradient with respect to the images (rounding, numpy or .detach() on the way?), so a "
-    "gradient attack cannot run; attack by queries, e.g. torchattacks.Square, or attack a differentiable surrogate"
-)
-
-
-def input_gradient(score: Tensor, images: Tensor) -> Tensor:
-    """Return the gradient of a score (one number) with respect to the images it was computed from.
-
-    Raises:
-        AttackError: the score does not depend on the images through autograd.
-    """
-    if not score.requires_grad:
-        raise AttackError(NO_GRADIENT)
-    (gradient,) = torch.autograd.grad(score, images, allow_unused=True)
-    if gradient is None:
-        raise AttackError(NO_GRADIENT)
-    return gradient
-
-
-def steepest(x: Tensor, gradient: Tensor, threat: Threat, length: Tensor) -> Tensor:
-    """Return the change of x (N, ...) that raises a linear loss most; `length` (N, 1, ..., 1) in the threat's norm.
-
-    linf: the sign; l2: the direction, without pixels that are at their bound already; l1: whole pixels, steepest first,
-    each as far as [0, 1] lets it go.
-    """
-    if threat.norm == "linf":
-        return gradient.sign() * length
-    room = torch.where(gradient > 0, 1 - x, x)
-    if threat.norm == "l2":
-        free = gradient * (room > 0)
-        return free / l2_norm(free) * length
-    room = room.flatten(1)
-    order = gradient.flatten(1).abs().argsort(1, descending=True)
-    sorted_room = room.gather(1, order)
-    before = sorted_room.cumsum(1) - sorted_room
-    share = torch.minimum((length.flatten(1) - before).clamp_min(0), sorted_room)
-    return gradient.sign() * torch.zeros_like(room).scatter(1, order, share).view(x.shape)
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, loss: LossName = "ce") -> Tensor:
@@ -65,7 +26,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, loss: LossNa
     """
     start = x.detach().clone().requires_grad_(True)
     with torch.enable_grad():
-        score = LOSSES[loss](model(start).float(), y).sum()
+        score = LOSSES[loss](as_logits(model(start).float()), y).sum()
     gradient = input_gradient(score, start)
     x = x.detach()
     return within(x, x + steepest(x, gradient, threat, threat.eps_for(x)), threat)
@@ -106,81 +67,34 @@ def pgd(
     Raises:
         AttackError: the model's output has no gradient.
     """
+    search = Search(model, x, y, threat)
+    eps = threat.eps_for(search.x).flatten()
     share = default_step(steps) if relative_step is None else relative_step
-    search = _Search(model, x.detach(), y, threat, loss, alpha, share)
-    alive = torch.arange(x.shape[0], device=x.device)
+    lengths = [eps * share if alpha is None else torch.full_like(eps, alpha)] * steps
+    alive = search.everyone
     for restart in range(restarts):
         if not len(alive):
             break
         begin = random_start(search.x[alive], threat.select(alive), generator) if start else search.x[alive]
-        alive = search.climb(begin, alive, steps, restart)
+        aimed = restart - 1 if restart and loss == "margin" else None
+        alive = search.climb(begin, alive, _Score(search, loss, aimed), lengths)
     return search.best
 
 
-class _Search:
-    """The images that one PGD run found so far, and how it goes on."""
+@dataclass(frozen=True)
+class _Score:
+    """What a restart climbs: its loss, or the margin to each example's `aimed`-th likeliest wrong class."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        threat: Threat,
-        loss: LossName,
-        alpha: float | None,
-        relative_step: float,
-    ) -> None:
-        self.model, self.x, self.y, self.threat = model, x, y, threat
-        self.loss = loss
-        self.classes: Tensor | None = None
-        """Each example's wrong classes (N, classes - 1), the likeliest at the first start first."""
-        self.alpha, self.relative_step = alpha, relative_step
-        self.best = x.clone()
-        self.highest = torch.full((x.shape[0],), -torch.inf, device=x.device)
+    search: Search
+    loss: LossName
+    aimed: int | None
 
-    def climb(self, images: Tensor, alive: Tensor, steps: int, restart: int) -> Tensor:
-        """Climb from `images` for the examples at `alive`; return which of them are still robust."""
-        for step in range(steps + 1):
-            last = step == steps
-            images = images.detach().requires_grad_(not last)
-            with torch.set_grad_enabled(not last):
-                logits = self.model(images).float()
-            reached = margin(logits.detach(), self.y[alive])
-            if self.classes is None:
-                self.classes = wrong_classes(logits.detach(), self.y)
-            self._keep_best(images.detach(), reached, alive)
-            # Not `reached <= 0`: an example whose logits are NaN is not fooled.
-            left = survivors(~(reached > 0))
-            if last or not len(left):
-                return alive[left]
-            with torch.enable_grad():
-                score = self._score(logits[left], alive[left], restart, self.classes).sum()
-            gradient = input_gradient(score, images)[left]
-            alive = alive[left]
-            images = self._step(images.detach()[left], gradient, alive, step)
-        return alive
-
-    def _score(self, logits: Tensor, alive: Tensor, restart: int, classes: Tensor) -> Tensor:
-        if restart and self.loss == "margin":
-            return margin_to(logits, self.y[alive], classes[alive, (restart - 1) % classes.shape[1]])
-        return LOSSES[self.loss](logits, self.y[alive])
-
-    def _step(self, images: Tensor, gradient: Tensor, alive: Tensor, step: int) -> Tensor:
-        here = self.threat.select(alive)
-        eps = here.eps_for(images)
-        length = eps * self.relative_step if self.alpha is None else torch.full_like(eps, self.alpha)
-        x = self.x[alive]
-        if here.norm == "l1":
-            # A sparse step would be thinned out again by the projection; a step towards the best corner stays inside.
-            share = (length / eps.clamp_min(1e-12)).clamp(2 / (step + 2), 1)
-            return images + share * (x + steepest(x, gradient, here, eps) - images)
-        return within(x, images + steepest(images, gradient, here, length), here)
-
-    def _keep_best(self, found: Tensor, reached: Tensor, alive: Tensor) -> None:
-        better = reached > self.highest[alive]
-        shape = (-1, *[1] * (found.dim() - 1))
-        self.best[alive] = torch.where(better.view(shape), found, self.best[alive])
-        self.highest[alive] = torch.where(better, reached, self.highest[alive])
+    def __call__(self, logits: Tensor, alive: Tensor, number: int) -> Tensor:
+        y = self.search.y[alive]
+        if self.aimed is None:
+            return LOSSES[self.loss](logits, y)
+        classes = self.search.classes[alive]
+        return margin_to(logits, y, classes[:, self.aimed % classes.shape[1]])
 
 
 @dataclass(frozen=True)

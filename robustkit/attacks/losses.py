@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 LossName = Literal["margin", "ce"]
+
+
+PROBABILITY_SLACK = 1e-4
+DLR_FLOOR = 1e-12
+
+
+def as_logits(outputs: Tensor) -> Tensor:
+    """Return outputs (N, classes) with rows that are probabilities replaced by their logarithms.
+
+    The order of the classes stays. The margin of probabilities has no gradient where the softmax saturates, that of
+    their logarithms has one (Carlini & Wagner 2016, arXiv 1607.04311, on distillation).
+    """
+    lowest, sums = outputs.detach().amin(1, keepdim=True), outputs.detach().sum(1, keepdim=True)
+    shares = (lowest >= 0) & ((sums - 1).abs() < PROBABILITY_SLACK)
+    return torch.where(shares, outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log(), outputs)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -33,6 +49,30 @@ def wrong_classes(logits: Tensor, y: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return the cross-entropy (N,) in nats."""
     return functional.cross_entropy(logits, y, reduction="none")
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the difference of logits ratio (N,): the margin over the gap between first and third logit.
+
+    Scaling or shifting the logits changes nothing (Croce & Hein 2020, arXiv 2003.01690, equation 6). With two classes
+    there is no third logit: the margin itself comes back.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, y)
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + DLR_FLOOR)
+
+
+def dlr_to(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return the targeted difference of logits ratio (N,) (Croce & Hein 2020, equation 7).
+
+    With fewer than four classes there is no fourth logit: the margin to the target over the largest gap comes back.
+    """
+    aim = margin_to(logits, y, target)
+    if logits.shape[1] < 3:
+        return aim
+    top = logits.topk(min(4, logits.shape[1]), dim=1).values
+    return aim / (top[:, 0] - (top[:, 2] + top[:, -1]) / 2 + DLR_FLOOR)
 
 
 LOSSES = {"margin": margin, "ce": cross_entropy}

@@ -56,7 +56,11 @@ class Threat:
         """Return the threat with a per-example eps on this device."""
         return self._with(self.eps.to(device)) if isinstance(self.eps, Tensor) else self
 
-    def _with(self, eps: Tensor) -> Threat:
+    def scaled(self, factor: float) -> Threat:
+        """Return the threat with eps times `factor`."""
+        return self._with(self.eps * factor)
+
+    def _with(self, eps: float | Tensor) -> Threat:
         # Not through __init__: checking the values once more would wait for the device at every step of an attack.
         chosen = object.__new__(Threat)
         object.__setattr__(chosen, "norm", self.norm)

@@ -113,7 +113,7 @@ class _Run:
         self.attacked = robust_subset(self.validation)
         # Shown where it is asked for; no decision ever reads it.
         self.test = data.test.to(device) if spec.monitor_test else None
-        self.model = self._prepare_model(model.to(device))
+        self.model, self.layout = to_channels_last(self._prepare_model(model.to(device)), self.train.shape, device)
         self.optimizer = self._optimizer()
         self.schedule: SchedulePlugin = self._plugin("schedule")
         self.runner: Callable[[Tensor], Tensor] = torch.compile(self.model) if spec.compile else self.model
@@ -148,7 +148,7 @@ class _Run:
     def _prepare_model(self, model: nn.Module) -> nn.Module:
         for _, defense in self.defenses:
             model = defense.prepare_model(model)
-        return to_channels_last(model, self.train.shape, self.device)
+        return model
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
@@ -242,7 +242,7 @@ class _Run:
         for number, (x, y, index) in enumerate(batches, 1):
             progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
             self._set_lr(progress, state)
-            batch = Batch(x.contiguous(memory_format=torch.channels_last), y, index, self.classes)
+            batch = Batch(x.contiguous(memory_format=self.layout), y, index, self.classes)
             hooked = [
                 (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label]))
                 for label, defense in self.defenses

@@ -20,7 +20,7 @@ from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.prune import GlobalL1
 from robustkit.data.augment import Crop, Cutout, Flip
 from robustkit.data.load import load_dataset
-from robustkit.data.split import Dataset
+from robustkit.data.split import Dataset, split_of
 from robustkit.errors import TrainingError
 from robustkit.models.normalized import Normalized
 from robustkit.models.small_cnn import SmallCnn
@@ -403,14 +403,11 @@ def test_every_optimizer_with_every_schedule(optimizer: str, schedule: str, digi
     assert found.epochs[1].loss < found.epochs[0].loss
 
 
-def test_channels_last_where_the_model_takes_it() -> None:
-    assert (
-        to_channels_last(network(), (1, 8, 8), CPU)
-        .inner.groups[0]
-        .conv2.weight.is_contiguous(  # type: ignore[union-attr,index]
-            memory_format=torch.channels_last
-        )
-    )
+def test_channels_last_where_the_model_takes_it(digits: Dataset) -> None:
+    taken, layout = to_channels_last(network(), (1, 8, 8), CPU)
+    weight = taken.inner.groups[0].conv2.weight  # type: ignore[union-attr,index]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert layout == torch.channels_last
 
     class Viewing(nn.Module):
         def __init__(self) -> None:
@@ -422,8 +419,15 @@ def test_channels_last_where_the_model_takes_it() -> None:
             logits: Tensor = self.head(maps.view(len(maps), -1))
             return logits
 
-    model = to_channels_last(Viewing(), (3, 8, 8), CPU)
+    model, layout = to_channels_last(Viewing(), (3, 8, 8), CPU)
     assert model.conv.weight.is_contiguous()  # type: ignore[operator,union-attr]
+    assert layout == torch.contiguous_format
+    splits = (digits.train, digits.validation, digits.test)
+    colored = Dataset(
+        *(split_of(one.images.repeat(1, 3, 1, 1), one.labels) for one in splits),
+        digits.classes, digits.fingerprint, digits.mean * 3, digits.std * 3,
+    )  # fmt: skip
+    assert len(train(colored, named(use("n_fgsm")), model=Viewing(), epochs=1).epochs) == 1
 
 
 def test_bf16(digits: Dataset) -> None:

@@ -138,7 +138,7 @@ class Defense:
         return groups
 
     def sample_weights(self, labels: Tensor, context: DataContext) -> Tensor | None:
-        """EXCLUSIVE. Return sampling weights (N,) for drawing with replacement, or None."""
+        """EXCLUSIVE. Return sampling weights (N,) for drawing with replacement, or None; after every prepare_data."""
         return None
 
     def transform_batch(self, batch: Batch, step: Step) -> Batch:

@@ -127,17 +127,22 @@ class _Run:
 
     def _prepare_data(self, data: Dataset) -> tuple[Split, Tensor | None]:
         probe = Probe(data.train, self.classes, self.device, derive_seed(self.seed, self.key, "probe"))
-        train, weights = data.train, None
-        for label, defense in self.defenses:
-            context = DataContext(
+        contexts = {
+            label: DataContext(
                 generator=torch.Generator().manual_seed(derive_seed(self.seed, self.key, label, "data")),
                 device=self.device,
                 log=self._log,
                 features=probe,
                 test=data.test,
             )
-            train = defense.prepare_data(train, context)
-            drawn = defense.sample_weights(train.labels, context)
+            for label, _ in self.defenses
+        }
+        train, weights = data.train, None
+        for label, defense in self.defenses:
+            train = defense.prepare_data(train, contexts[label])
+        # Only now: weights are one for each example that every defense has left in.
+        for label, defense in self.defenses:
+            drawn = defense.sample_weights(train.labels, contexts[label])
             weights = drawn if drawn is not None else weights
         return resident(train, self.device, self.spec.memory_limit), weights
 

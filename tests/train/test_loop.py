@@ -20,14 +20,14 @@ from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.prune import GlobalL1
 from robustkit.data.augment import Crop, Cutout, Flip
 from robustkit.data.load import load_dataset
-from robustkit.data.split import Dataset, split_of
+from robustkit.data.split import Dataset, Split, split_of
 from robustkit.errors import TrainingError
 from robustkit.models.normalized import Normalized
 from robustkit.models.small_cnn import SmallCnn
 from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.results import EpochRow
 from robustkit.train.guards import Guards
-from robustkit.train.hooks import Batch, Decision, Defense, EpochReport, Forward, Step
+from robustkit.train.hooks import Batch, DataContext, Decision, Defense, EpochReport, Forward, Step
 from robustkit.train.layout import to_channels_last
 from robustkit.train.loop import Fitted, fit
 from robustkit.train.optim import Constant, Cosine, OneCycle, StepDecay
@@ -384,6 +384,20 @@ def test_a_defense_may_stop_or_fail_a_training(digits: Dataset) -> None:
     assert len(train(digits, [("patient", Patient())], epochs=9).epochs) == 2
     with pytest.raises(TrainingError, match="gave up after epoch 1"):
         train(digits, [("gives-up", GivesUp())])
+
+
+class Halves(Defense):
+    """Leaves the first half of the training data out."""
+
+    def prepare_data(self, data: Split, context: DataContext) -> Split:
+        return data.select(torch.arange(len(data) // 2, len(data)))
+
+
+def test_sampling_weights_are_those_of_the_data_that_are_left(digits: Dataset) -> None:
+    """In whichever order the recipe lists them."""
+    first = train(digits, [*named(use("balanced_sampling")), ("halves", Halves())], epochs=1)
+    second = train(digits, [("halves", Halves()), *named(use("balanced_sampling"))], epochs=1)
+    assert same(first.model.state_dict(), second.model.state_dict())
 
 
 def test_schedules() -> None:

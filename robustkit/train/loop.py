@@ -185,9 +185,11 @@ class _Run:
                 good = snapshot(self.model, self.optimizer, self.defenses)
             else:
                 stop = recovery.recover(verdict, row, state, good)
-                if stop and verdict == "stuck":
+                if verdict == "stuck" and stop:
                     self._accept(row, state, weights)
                     state.guards.collapsed_at = row.epoch
+                elif verdict == "stuck":
+                    good = self.initial
             if checkpoint is not None:
                 checkpoint.save(to_file(state, good))
             if stop:

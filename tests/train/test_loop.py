@@ -223,6 +223,41 @@ def test_a_model_that_is_stuck_at_chance_starts_again_and_is_flagged(digits: Dat
     assert "not trained" in found.flags[-1].message
 
 
+class Firsts(Defense):
+    """Writes down the weights that each attempt starts from."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def transform_batch(self, batch: Batch, step: Step) -> Batch:
+        if step.progress == 0:
+            self.seen.append(next(step.model.parameters()).detach().clone())
+        return batch
+
+
+def test_a_new_start_is_one_from_the_first_weights_at_a_tenth_of_the_rate(digits: Dataset) -> None:
+    firsts = Firsts()
+    given: dict[str, Any] = {"optimizer": use("sgd", lr=1e-4, momentum=0.0), "schedule": use("constant")}
+    found = train(digits, [("firsts", firsts)], model=Constant0(), epochs=4, **given)
+    assert len(firsts.seen) == 3
+    assert not any(bool(weights.any()) for weights in firsts.seen)
+    assert [getattr(row, "lr") for row in found.epochs] == pytest.approx([1e-6] * len(found.epochs))  # noqa: B009
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3, 4])
+def test_a_training_that_was_killed_after_a_new_start_goes_on_bit_for_bit(
+    saves: int, digits: Dataset, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"epochs": 4, "optimizer": use("sgd", lr=1e-4, momentum=0.9)}
+    straight = train(digits, model=Constant0(), **given)
+    file = StateFile(tmp_path / "state", lambda message: None)
+    with pytest.raises(Stop):
+        train(digits, model=Constant0(), checkpoint=StopAfter(file, saves), **given)  # type: ignore[arg-type]
+    resumed = train(digits, model=Constant0(), checkpoint=file, **given)
+    assert same(straight.last_state, resumed.last_state)
+    assert [row.loss for row in straight.epochs] == [row.loss for row in resumed.epochs]
+
+
 def row(epoch: int, robust: float, single: float, train_accuracy: float = 0.6) -> EpochRow:
     made = EpochRow(epoch=epoch, loss=1.0, train_accuracy=train_accuracy, clean=0.7, robust=robust)
     return made.model_copy(update={"single_step": single})

@@ -176,24 +176,22 @@ class _Run:
         state = self._start(checkpoint)
         good = snapshot(self.model, self.optimizer, self.defenses)
         recovery = Recovery(self._put_back, self.initial, self.on_event)
-        while state.epoch < self.spec.epochs and state.guards.collapsed_at is None:
+        while state.epoch < self.spec.epochs and not state.stopped:
             row = self._epoch(state)
             weights = weights_of(self._evaluated())
-            verdict, stop = self._judge(row, state)
+            verdict, state.stopped = self._judge(row, state)
             if verdict == "ok":
                 self._accept(row, state, weights)
                 good = snapshot(self.model, self.optimizer, self.defenses)
             else:
-                stop = recovery.recover(verdict, row, state, good)
-                if verdict == "stuck" and stop:
+                state.stopped = recovery.recover(verdict, row, state, good)
+                if verdict == "stuck" and state.stopped:
                     self._accept(row, state, weights)
                     state.guards.collapsed_at = row.epoch
                 elif verdict == "stuck":
                     good = self.initial
             if checkpoint is not None:
                 checkpoint.save(to_file(state, good))
-            if stop:
-                break
         return self._finish(state)
 
     def _start(self, checkpoint: Checkpoint | None) -> TrainingState:

@@ -421,6 +421,13 @@ def test_a_defense_may_stop_or_fail_a_training(digits: Dataset) -> None:
         train(digits, [("gives-up", GivesUp())])
 
 
+def test_a_stop_is_not_forgotten_on_resume(digits: Dataset, tmp_path: Path) -> None:
+    file = StateFile(tmp_path / "state", lambda message: None)
+    with pytest.raises(Stop):
+        train(digits, [("patient", Patient())], epochs=9, checkpoint=StopAfter(file, 2))  # type: ignore[arg-type]
+    assert len(train(digits, [("patient", Patient())], epochs=9, checkpoint=file).epochs) == 2
+
+
 class Halves(Defense):
     """Leaves the first half of the training data out."""
 

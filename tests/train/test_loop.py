@@ -200,6 +200,40 @@ def test_a_loss_that_is_not_finite_goes_back_and_halves_the_rate(digits: Dataset
     assert all(torch.isfinite(value).all() for value in found.model.state_dict().values())
 
 
+class PoisonsWeights(Defense):
+    """Makes the weights infinite after a given step, once."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def after_step(self, step: Step) -> None:
+        self.left -= 1
+        if not self.left:
+            with torch.no_grad():
+                next(step.model.parameters()).fill_(torch.nan)
+
+
+def test_weights_that_the_last_step_of_an_epoch_spoils_are_not_kept(digits: Dataset) -> None:
+    steps = -(-len(digits.train) // 64)
+    found = train(digits, [("poisons", PoisonsWeights(2 * steps))])
+    assert [flag.id for flag in found.flags] == ["diverged"]
+    assert len(found.epochs) == 3
+    assert all(torch.isfinite(value).all() for value in found.last_state.values())
+
+
+def test_a_resume_knows_the_returns_there_were(digits: Dataset, tmp_path: Path) -> None:
+    """Else it would go on at the full rate, and draw the same numbers again."""
+    file = StateFile(tmp_path / "state", lambda message: None)
+    given: dict[str, Any] = {"schedule": use("constant"), "augment": True}
+    straight = train(digits, [("poison", Poison([8]))], **given)
+    with pytest.raises(Stop):
+        train(digits, [("poison", Poison([8]))], checkpoint=StopAfter(file, 2), **given)  # type: ignore[arg-type]
+    resumed = train(digits, [("poison", Poison([]))], checkpoint=file, **given)
+    rates = [round(getattr(row, "lr"), 6) for row in resumed.epochs]  # noqa: B009
+    assert rates == [0.05, 0.025, 0.025]
+    assert same(straight.model.state_dict(), resumed.model.state_dict())
+
+
 def test_three_returns_are_enough(digits: Dataset) -> None:
     with pytest.raises(TrainingError, match=r"lower train\.optimizer's lr"):
         train(digits, [("poison", Poison(range(1, 100)))])

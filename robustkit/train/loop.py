@@ -298,7 +298,8 @@ class _Run:
         verdict: Verdict = state.guards.judge(row, state.rows) if self.spec.guards else "ok"
         if verdict != "ok":
             return verdict, False
-        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust)
+        single = getattr(row, "single_step", None)
+        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust, single)
         decisions = [defense.after_epoch(report) for _, defense in self.defenses]
         if Decision.FAIL in decisions:
             raise TrainingError(f"a defense gave up after epoch {row.epoch + 1}")

@@ -421,6 +421,25 @@ class Patient(Defense):
         return Decision.STOP if report.epoch == 1 else Decision.CONTINUE
 
 
+class Reads(Defense):
+    """Keeps the reports that it is given."""
+
+    def __init__(self) -> None:
+        self.reports: list[EpochReport] = []
+
+    def after_epoch(self, report: EpochReport) -> Decision:
+        self.reports.append(report)
+        return Decision.CONTINUE
+
+
+def test_a_defense_reads_what_the_epoch_measured(digits: Dataset) -> None:
+    reads = Reads()
+    found = train(digits, [*named(use("n_fgsm")), ("reads", reads)], epochs=2)
+    expected = [(row.robust, getattr(row, "single_step")) for row in found.epochs]  # noqa: B009
+    assert [(report.robust, report.single_step) for report in reads.reports] == expected
+    assert all(one is not None for pair in expected for one in pair)
+
+
 class GivesUp(Defense):
     def after_epoch(self, report: EpochReport) -> Decision:
         return Decision.FAIL

@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext, Compressor, cubic_sparsity
-from robustkit.compress.masks import Masks, sparsity_of, zero_masks
+from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.prune import TorchMethod
 from robustkit.errors import ModelError, UsageError
 from robustkit.seeding import derive_seed
@@ -35,15 +35,24 @@ class MaskKeeper(Defense):
     """The compression of one variant as a training hook.
 
     The masks stand beside a plain model and are applied after every optimizer step, so that no momentum, weight decay
-    or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero.
+    or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero. `held`: masks that
+    the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held.
     """
 
     def __init__(
-        self, compressors: Sequence[object], *, inherit: bool, context_seed: int, example: Tensor, threat: Threat
+        self,
+        compressors: Sequence[object],
+        *,
+        inherit: bool,
+        context_seed: int,
+        example: Tensor,
+        threat: Threat,
+        held: Masks | None = None,
     ) -> None:
         self.compressors = [as_compressor(made) for made in compressors]
         self.masks = Masks()
         self._inherit = inherit
+        self._held = held or Masks()
         self._seed = context_seed
         self._example = example
         self._threat = threat
@@ -51,9 +60,8 @@ class MaskKeeper(Defense):
         self._done = [0 for _ in self.compressors]
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Take over the zeros of the parent, then apply every one-shot method."""
-        if self._inherit:
-            self.masks = zero_masks(model)
+        """Take over the zeros of the parent and of hooks, then apply every one-shot method."""
+        model = self._begin(model)
         for number, method in enumerate(self.compressors):
             self._start.append(sparsity_of(model))
             if method.schedule == "one_shot":
@@ -62,10 +70,17 @@ class MaskKeeper(Defense):
 
     def compress(self, model: nn.Module) -> nn.Module:
         """Apply everything at its final sparsity, without training."""
-        if self._inherit:
-            self.masks = zero_masks(model)
+        model = self._begin(model)
         for number, method in enumerate(self.compressors):
             self._advance(model, number, method.sparsity)
+        return model
+
+    def _begin(self, model: nn.Module) -> nn.Module:
+        self.masks = self._held.narrowed(hook_masks(model).tensors)
+        model = without_hooks(model)
+        if self._inherit:
+            self.masks = self.masks.narrowed(zero_masks(model).tensors)
+        self.masks.apply_(model)
         return model
 
     def after_step(self, step: Step) -> None:

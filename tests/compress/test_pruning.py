@@ -311,6 +311,25 @@ def test_a_model_that_arrives_with_hooks_is_understood_and_left_alone() -> None:
     assert abs(sparsity_of(plain) - 0.9) < 1e-3
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_keeper_makes_hooked_models_plain_and_holds_what_the_hooks_drop(trained: bool) -> None:
+    model = network()
+    prune.l1_unstructured(model.head, "weight", amount=0.6)
+    dropped = model.head.weight_mask == 0
+    one = keeper(GlobalL1(0.7))
+    plain = one.prepare_model(model) if trained else one.compress(model)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    assert set(one.masks.tensors) <= set(dict(plain.named_parameters()))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(1.0)
+    one.after_step(Step(plain, 0, 1, 0.5, THREAT, torch.Generator()))
+    one.finish(plain)
+    assert not bool(plain.head.weight[dropped].any())  # type: ignore[union-attr,index]
+    assert abs(sparsity_of(plain) - 0.7) < 1e-3
+    assert bool(plain.head.bias.all()), "a bias that was zero by chance is free"  # type: ignore[union-attr,operator]
+
+
 def test_a_masked_model_is_a_plain_one(tmp_path: Path) -> None:
     """No hooks, so a copy, a state dict and a file are as of any model."""
     from robustkit.models.artefact import load_model, save_model

@@ -87,7 +87,7 @@ class MaskKeeper(Defense):
         """Advance the schedules that are due and hold the masks."""
         for number, method in enumerate(self.compressors):
             if method.schedule == "cubic":
-                due = updates_due(method, step.progress)
+                due = updates_due(method, step.done)
                 if due > self._done[number]:
                     self._done[number] = due
                     share = due / method.updates
@@ -142,7 +142,10 @@ class MaskKeeper(Defense):
 
 def updates_due(method: Compressor, progress: float) -> int:
     """Return how many of a schedule's updates are due at this share of training."""
+    # Shares of the training are sums of floats: the last step ends at 1 within rounding.
+    progress += 1e-9
     if progress < method.begin:
         return 0
-    span = max(method.end - method.begin, 1e-9)
-    return min(method.updates, int((progress - method.begin) / span * method.updates + 1e-9))
+    if progress >= method.end:
+        return method.updates
+    return int((progress - method.begin) / (method.end - method.begin) * method.updates)

@@ -57,6 +57,13 @@ class Step:
     """Share of the training that is done, in [0, 1]."""
     threat: Threat
     generator: torch.Generator
+    length: float = 0.0
+    """Share of the training that this step is; 0 between steps."""
+
+    @property
+    def done(self) -> float:
+        """Share of the training that is done once this step is."""
+        return self.progress + self.length
 
 
 @dataclass

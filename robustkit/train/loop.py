@@ -248,8 +248,9 @@ class _Run:
             progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
             self._set_lr(progress, state)
             batch = Batch(x.contiguous(memory_format=self.layout), y, index, self.classes)
+            length = 1 / (steps * self.spec.epochs)
             hooked = [
-                (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label]))
+                (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label], length))
                 for label, defense in self.defenses
             ]
             loss, hits = train_step(self.runner, batch, hooked, self.optimizer, precision=self.precision)

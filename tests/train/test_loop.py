@@ -17,6 +17,7 @@ from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Threat
 from robustkit.checkpoint import StateFile
 from robustkit.compress.keeper import MaskKeeper
+from robustkit.compress.masks import sparsity_of
 from robustkit.compress.prune import GlobalL1
 from robustkit.data.augment import Crop, Cutout, Flip
 from robustkit.data.load import load_dataset
@@ -386,10 +387,20 @@ def test_the_best_epoch_is_chosen_by_attacked_accuracy_where_a_defense_attacks(
     assert not same(found.model.state_dict(), found.last_state), "best and last are both kept"
 
 
-def test_no_epoch_is_chosen_before_the_schedule_is_done(digits: Dataset) -> None:
+def test_no_epoch_is_chosen_before_the_schedule_is_done(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.9, 0.8, 0.5, 0.6])
+    monkeypatch.setattr("robustkit.train.loop.clean_loss_and_accuracy", lambda *_: (1.0, next(accuracies)))
     found = train(digits, [("masks", keeper())], epochs=4)
-    assert found.best_epoch >= 2
+    assert found.best_epoch == 3, "the best of those that are as sparse as asked"
     assert all(row.robust is None for row in found.epochs)
+
+
+@pytest.mark.parametrize("method", [GlobalL1(0.8, "cubic", end=1.0), GlobalL1(0.8, "cubic", begin=1.0, end=1.0)])
+def test_a_schedule_that_ends_with_the_training_is_done_by_then(method: GlobalL1, digits: Dataset) -> None:
+    masks = MaskKeeper([method], inherit=False, context_seed=3, example=torch.zeros(2, 1, 8, 8), threat=THREAT)
+    found = train(digits, [("masks", masks)], epochs=2)
+    assert found.best_epoch == 1
+    assert sparsity_of(found.model) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_the_test_data_are_never_looked_at(digits: Dataset) -> None:

@@ -316,6 +316,39 @@ def test_a_model_that_prunes_itself_is_pruned_further(tmp_path: Path) -> None:
     assert base.parameters == total + 18
 
 
+STOPS = """
+from robustkit import Defense
+from robustkit.train.hooks import Decision
+
+
+class Stops(Defense):
+    "Stops after an epoch."
+
+    def after_epoch(self, report):
+        return Decision.STOP
+"""
+STOPS_RECIPE = """\
+name: tiny
+data: {digits: {limit: 300}}
+model: {small_cnn: {widths: [4, 8]}}
+train: {epochs: 9, batch_size: 64}
+variants:
+  base: {defenses: ["stops.py:Stops"]}
+  pruned: {from: base, compress: [global_l1: {sparsity: 50%, schedule: cubic}], train: {epochs: 9}}
+evaluate: {examples: 20, attacks: [noise], latency: false}
+"""
+
+
+def test_a_variant_whose_training_is_stopped_is_as_sparse_as_asked_and_flagged(tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    path = write(tmp_path, STOPS_RECIPE)
+    assert cli(["run", str(path), "--runs", str(tmp_path), "--quiet", "--trust-plugins"]) == 0
+    base, pruned = robustkit.read_results(tmp_path / "tiny" / "results.json").variants
+    assert pruned.sparsity == pytest.approx(0.5, abs=0.002)
+    assert "pruned-after-training" in [flag.id for flag in pruned.flags]
+    assert "pruned-after-training" not in [flag.id for flag in base.flags]
+
+
 def test_a_child_keeps_the_zeros_of_its_pruned_parent(tmp_path: Path) -> None:
     text = TINY.replace("train: {epochs: 2}\n", "train: {epochs: 1}\n")
     text = text.replace("evaluate:\n", "  tuned: {from: pruned, train: {epochs: 1}}\nevaluate:\n")

@@ -81,10 +81,14 @@ def _check_room(live: Tensor, count: int, cap: float, name: str = "") -> None:
             f"{count / max(1, live.numel()):.1%} is less than that"
         )
     if count > free:
-        raise ModelError(
-            f"a sparsity of {count / live.numel():.1%} would drop more than max_layer_sparsity={cap:g} of a layer; "
-            "raise max_layer_sparsity (1 may empty a layer) or lower sparsity"
-        )
+        raise ModelError(_over_cap(count / live.numel(), cap))
+
+
+def _over_cap(sparsity: float, cap: float) -> str:
+    return (
+        f"a sparsity of {sparsity:.1%} would drop more than max_layer_sparsity={cap:g} of a layer; "
+        "raise max_layer_sparsity (1 may empty a layer) or lower sparsity"
+    )
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
@@ -99,7 +103,8 @@ def check_sparsity(model: nn.Module, sparsity: float, name: str) -> None:
     total = sum(weight.numel() for _, weight in prunable(model))
     wanted = round(sparsity * total)
     if abs(zeros - wanted) > 1:
-        raise ModelError(f"{name}: {zeros} of {total} weights are zero, {wanted} were asked for")
+        more = "; what the variant's other methods or its parent prune counts as well" if zeros > wanted else ""
+        raise ModelError(f"{name}: {zeros} of {total} weights are zero, {wanted} were asked for{more}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class GlobalL1:
         """Return masks of this total sparsity by magnitude."""
         return global_masks(magnitude_scores(model), current, sparsity, self.max_layer_sparsity)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""
         check_sparsity(model, self.sparsity, "global_l1")
 
@@ -136,7 +141,7 @@ class LayerL1:
         """Return masks of this sparsity in every layer by magnitude."""
         return layer_masks(magnitude_scores(model), current, sparsity)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""
         check_sparsity(model, self.sparsity, "layer_l1")
 
@@ -157,7 +162,7 @@ class RandomWeights:
         scores = {name: _uniform(weight, context.generator) for name, weight in prunable(model)}
         return global_masks(scores, current, sparsity, self.max_layer_sparsity)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""
         check_sparsity(model, self.sparsity, "random")
 
@@ -187,7 +192,7 @@ class TorchMethod:
         }
         return current.narrowed(found)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Accept whatever the method reached, but no layer that it emptied."""
         for name, weight in prunable(model):
             if not bool((weight != 0).any()):

@@ -65,6 +65,8 @@ def fit_step(bench: Workbench, step: Step) -> None:
         model = keeper.compress(model)
     if keeper is not None:
         model = keeper.finish(model)
+        if keeper.flags:
+            record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)
 

@@ -235,6 +235,65 @@ def test_the_weakest_channels_go() -> None:
     assert found.flatten(1).amax(1).tolist() == [0, 0, 1, 0], "one channel is always left"
 
 
+def test_channels_that_are_missing_are_an_error() -> None:
+    with pytest.raises(ModelError, match=r"channel_l2: 0 of \d+ channels of .* are zero, \d+ were asked for"):
+        ChannelL2(0.5).check(network(), context())
+
+
+def test_channel_sparsity_is_the_total() -> None:
+    model = network()
+    keeper(ChannelL2(0.5)).compress(model)
+    with pytest.raises(ModelError, match=r"\d+ of \d+ channels .* are zero already; .* 25\.0% is less"):
+        keeper(ChannelL2(0.25), inherit=True).prepare_model(copy.deepcopy(model))
+    child = keeper(ChannelL2(0.625, schedule="cubic", end=1.0), inherit=True)
+    child.prepare_model(model)
+    seen = []
+    for number in range(11):
+        child.after_step(Step(model, 0, 1, number / 10, THREAT, torch.Generator()))
+        seen.append([dead / width for _, dead, width in dead_channels(model, torch.zeros(2, 1, 8, 8))])
+    assert seen == sorted(seen)
+    assert set(seen[0]) == {0.5}, "the schedule starts from the share of channels, not of weights"
+    assert set(seen[-1]) == {0.625}
+    child.finish(model)
+
+
+@pytest.mark.parametrize("method", [GlobalL1(0.8, "cubic"), ChannelL2(0.5, "cubic"), RandomWeights(0.8, "cubic")])
+def test_a_schedule_that_the_training_cut_short_is_completed_with_a_flag(method: Compressor) -> None:
+    model = network()
+    one = keeper(method)
+    one.prepare_model(model)
+    one.after_step(Step(model, 0, 1, 0.2, THREAT, torch.Generator()))
+    assert not one.ready(Step(model, 0, 1, 0.2, THREAT, torch.Generator()))
+    one.finish(model)
+    assert [(flag.id, flag.severity) for flag in one.flags] == [("pruned-after-training", "doubt")]
+    method.check(model, context())
+    whole = keeper(method)
+    whole.finish(whole.compress(network()))
+    assert whole.flags == []
+
+
+def test_what_cannot_be_reached_is_an_error_before_the_training() -> None:
+    with pytest.raises(ModelError, match="other methods or its parent"):
+        keeper(GlobalL1(0.5), ChannelL2(0.5)).prepare_model(network())
+    with pytest.raises(ModelError, match="other methods or its parent"):
+        keeper(GlobalL1(0.5, "cubic"), ChannelL2(0.5, "cubic")).prepare_model(network())
+    model, masks = network(), keeper(ChannelL2(0.5, "cubic"), GlobalL1(0.8, "cubic"))
+    before = copy.deepcopy(model.state_dict())
+    masks.prepare_model(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not masks.masks.tensors
+
+
+def test_holding_masks_asks_the_device_nothing() -> None:
+    """A hidden `.item()`, or a mask that was left on the CPU, raises on the meta device."""
+    model = network()
+    one = keeper(ChannelL2(0.25), GlobalL1(0.8, "cubic", begin=0.5))
+    one.prepare_model(model)
+    model.to("meta")
+    one.after_step(Step(model, 0, 1, 0.2, THREAT, torch.Generator()))
+    assert all(mask.is_meta for mask in one.masks.tensors.values())
+
+
 def test_the_same_table_for_every_method_of_the_registry() -> None:
     for name in registry.BUILTIN["compressor"]:
         entry = registry.find("compressor", name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -186,10 +185,13 @@ class TorchMethod:
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
         """Return what the method's compute_mask returns for every prunable weight."""
-        found: Mapping[str, Tensor] = {
-            name: self.method.compute_mask(weight.detach(), current.of(name, weight.detach()))
-            for name, weight in prunable(model)
-        }
+        found: dict[str, Tensor] = {}
+        devices = {weight.device for _, weight in prunable(model) if weight.is_cuda}
+        with torch.random.fork_rng(devices=list(devices)):
+            # Random methods of torch's draw from the global generators.
+            torch.manual_seed(context.generator.initial_seed())
+            for name, weight in prunable(model):
+                found[name] = self.method.compute_mask(weight.detach(), current.of(name, weight.detach()))
         return current.narrowed(found)
 
     def check(self, model: nn.Module, context: CompressContext) -> None:

@@ -335,6 +335,17 @@ def test_a_pruning_method_of_the_users_own() -> None:
         as_compressor("text")
 
 
+def test_random_methods_of_torchs_follow_the_seed() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    found = [keeper(prune.RandomUnstructured(0.5)), keeper(prune.RandomUnstructured(0.5))]
+    models = [one.prepare_model(network()) for one in found]
+    torch.manual_seed(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    for (name, weight), (_, other) in zip(prunable(models[0]), prunable(models[1]), strict=True):
+        assert torch.equal(weight, other), name
+
+
 def test_torchs_own_methods_by_name() -> None:
     entry = registry.find("compressor", "torch.nn.utils.prune:L1Unstructured")
     clean, problems = registry.check_parameters(entry, {"amount": 0.25})

@@ -135,9 +135,16 @@ class LayerL1:
     begin: Fraction = 0.0
     end: Fraction = 0.5
     updates: PositiveInt = 20
+    max_layer_sparsity: Fraction = 0.99
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
-        """Return masks of this sparsity in every layer by magnitude."""
+        """Return masks of this sparsity in every layer by magnitude.
+
+        Raises:
+            ModelError: that is more than max_layer_sparsity, or less than what is dropped already.
+        """
+        if sparsity > self.max_layer_sparsity:
+            raise ModelError(_over_cap(sparsity, self.max_layer_sparsity))
         return layer_masks(magnitude_scores(model), current, sparsity)
 
     def check(self, model: nn.Module, context: CompressContext) -> None:

@@ -284,6 +284,13 @@ def test_what_cannot_be_reached_is_an_error_before_the_training() -> None:
     assert not masks.masks.tensors
 
 
+def test_a_layer_may_be_emptied_where_it_is_asked_for() -> None:
+    with pytest.raises(ModelError, match=r"100\.0% would drop more than max_layer_sparsity=0\.99"):
+        keeper(LayerL1(1.0)).prepare_model(network())
+    one = keeper(LayerL1(1.0, max_layer_sparsity=1.0))
+    assert sparsity_of(one.finish(one.compress(network()))) == 1.0
+
+
 def test_holding_masks_asks_the_device_nothing() -> None:
     """A hidden `.item()`, or a mask that was left on the CPU, raises on the meta device."""
     model = network()

@@ -33,7 +33,7 @@ from robustkit.train.layout import to_channels_last
 from robustkit.train.loop import Fitted, fit
 from robustkit.train.optim import Constant, Cosine, OneCycle, StepDecay
 from robustkit.train.step import train_step
-from robustkit.train.validate import clean_loss_and_accuracy
+from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy
 
 CPU = torch.device("cpu")
 THREAT = Threat("linf", 0.1)
@@ -423,6 +423,28 @@ def test_the_test_data_are_never_looked_at(digits: Dataset) -> None:
     expected = nn.functional.cross_entropy(logits, digits.validation.labels).detach()
     assert clean_loss_and_accuracy(model.train(), digits.validation, CPU)[0] != pytest.approx(float(expected), rel=1e-3)
     assert model.training, "it was measured in eval mode and is back in training mode"
+
+
+class Brightness(nn.Module):
+    """Two classes split at a brightness of 0.5; a steep one saturates the probabilities."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        brightness = self.slope * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-brightness, brightness], 1)
+
+
+def test_validation_attacks_are_those_that_are_described() -> None:
+    """Ten margin steps get across the ball, through a saturated softmax too; one step of cross-entropy without."""
+    levels = torch.tensor([90, 105, 150, 165]).to(torch.uint8)
+    split = split_of(levels.view(4, 1, 1, 1).expand(4, 1, 8, 8).contiguous(), torch.tensor([0, 0, 1, 1]))
+    threat = Threat("linf", 30 / 255)
+    # 105 and 150 are within 30/255 of the border at 127.5; 90 and 165 are not.
+    assert robust_accuracy(Brightness(10), split, threat, CPU, seed=0) == (0.5, 0.5)
+    assert robust_accuracy(Brightness(1000), split, threat, CPU, seed=0) == (0.5, 1.0)
 
 
 class Patient(Defense):

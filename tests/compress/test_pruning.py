@@ -252,9 +252,21 @@ def test_channel_sparsity_is_the_total() -> None:
         child.after_step(Step(model, 0, 1, number / 10, THREAT, torch.Generator()))
         seen.append([dead / width for _, dead, width in dead_channels(model, torch.zeros(2, 1, 8, 8))])
     assert seen == sorted(seen)
-    assert set(seen[0]) == {0.5}, "the schedule starts from the share of channels, not of weights"
+    assert set(seen[0]) == {0.5}
     assert set(seen[-1]) == {0.625}
     child.finish(model)
+
+
+def test_a_channel_schedule_starts_from_the_share_of_channels_and_not_of_weights() -> None:
+    model = network()
+    keeper(GlobalL1(0.8)).compress(model)
+    child = keeper(ChannelL2(0.5, schedule="cubic", end=1.0), inherit=True)
+    child.prepare_model(model)
+    for number in range(11):
+        child.after_step(Step(model, 0, 1, number / 10, THREAT, torch.Generator()))
+    assert [2 * dead for _, dead, _ in dead_channels(model, torch.zeros(2, 1, 8, 8))] == [
+        width for _, _, width in dead_channels(model, torch.zeros(2, 1, 8, 8))
+    ]
 
 
 @pytest.mark.parametrize("method", [GlobalL1(0.8, "cubic"), ChannelL2(0.5, "cubic"), RandomWeights(0.8, "cubic")])

@@ -275,6 +275,88 @@ def test_one_variant_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Ca
     assert any(one["event"] == "trace" and "oh dear" in one["trace"] for one in events(tmp_path / "tiny"))
 
 
+HOOKED = """
+from torch import nn
+from torch.nn.utils import prune
+
+
+class Hooked(nn.Module):
+    "Prunes itself."
+
+    def __init__(self, in_channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(in_channels, 8, 3), nn.Linear(8 * 36, classes)
+        prune.l1_unstructured(self.head, "weight", amount=0.5)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().flatten(1))
+"""
+HOOKED_RECIPE = """\
+name: tiny
+data: {digits: {limit: 300}}
+model: hooked.py:Hooked
+train: {epochs: 1, batch_size: 64}
+variants:
+  base: {defenses: [dropout: {p: 0.1}]}
+  tuned: {from: base, train: {epochs: 1}}
+  pruned: {from: base, compress: [global_l1: {sparsity: 80%}], train: {epochs: 1}}
+evaluate: {examples: 20, attacks: [noise], latency: false}
+"""
+
+
+def test_a_model_that_prunes_itself_is_pruned_further(tmp_path: Path) -> None:
+    (tmp_path / "hooked.py").write_text(HOOKED)
+    path = write(tmp_path, HOOKED_RECIPE)
+    assert cli(["run", str(path), "--runs", str(tmp_path), "--quiet", "--trust-plugins"]) == 0
+    base, tuned, pruned = robustkit.read_results(tmp_path / "tiny" / "results.json").variants
+    total = 8 * 9 + 10 * 8 * 36
+    assert base.sparsity == pytest.approx(10 * 8 * 36 / 2 / total)
+    assert tuned.sparsity == base.sparsity
+    assert pruned.sparsity == pytest.approx(0.8, abs=1 / total)
+    assert base.parameters == total + 18
+
+
+STOPS = """
+from robustkit import Defense
+from robustkit.train.hooks import Decision
+
+
+class Stops(Defense):
+    "Stops after an epoch."
+
+    def after_epoch(self, report):
+        return Decision.STOP
+"""
+STOPS_RECIPE = """\
+name: tiny
+data: {digits: {limit: 300}}
+model: {small_cnn: {widths: [4, 8]}}
+train: {epochs: 9, batch_size: 64}
+variants:
+  base: {defenses: ["stops.py:Stops"]}
+  pruned: {from: base, compress: [global_l1: {sparsity: 50%, schedule: cubic}], train: {epochs: 9}}
+evaluate: {examples: 20, attacks: [noise], latency: false}
+"""
+
+
+def test_a_variant_whose_training_is_stopped_is_as_sparse_as_asked_and_flagged(tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    path = write(tmp_path, STOPS_RECIPE)
+    assert cli(["run", str(path), "--runs", str(tmp_path), "--quiet", "--trust-plugins"]) == 0
+    base, pruned = robustkit.read_results(tmp_path / "tiny" / "results.json").variants
+    assert pruned.sparsity == pytest.approx(0.5, abs=0.002)
+    assert "pruned-after-training" in [flag.id for flag in pruned.flags]
+    assert "pruned-after-training" not in [flag.id for flag in base.flags]
+
+
+def test_a_child_keeps_the_zeros_of_its_pruned_parent(tmp_path: Path) -> None:
+    text = TINY.replace("train: {epochs: 2}\n", "train: {epochs: 1}\n")
+    text = text.replace("evaluate:\n", "  tuned: {from: pruned, train: {epochs: 1}}\nevaluate:\n")
+    assert cli(["run", str(write(tmp_path, text)), "--runs", str(tmp_path), "--quiet"]) == 0
+    rows = {row.name: row for row in robustkit.read_results(tmp_path / "tiny" / "results.json").variants}
+    assert rows["tuned"].sparsity == pytest.approx(0.5, abs=0.002)
+
+
 def test_gates_decide_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, TINY + "gates: [clean(baseline) >= 1%]\n")
     assert cli(["run", str(path), "--runs", str(tmp_path), "--quiet"]) == 0

@@ -45,8 +45,17 @@ class Compressor(Protocol):
         """Return masks of this total sparsity that keep nothing that `current` drops."""
         ...
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Raise a ModelError unless the model has the sparsity asked for, within one weight or channel."""
+        ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What a pruning method adds whose sparsity is not the share of zeros among single weights."""
+
+    def reached(self, model: nn.Module, context: CompressContext) -> float:
+        """Return the sparsity that the model has, in [0, 1], as the method counts it."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -96,11 +96,21 @@ def group_score(group: ChannelGroup, current: Masks) -> Tensor:
     return total.sqrt()
 
 
+def dropped_of(sparsity: float, width: int) -> int:
+    """Return how many of a group's channels go: at least one is kept."""
+    return min(round(sparsity * width), width - 1)
+
+
 def channel_masks(model: nn.Module, current: Masks, sparsity: float, example: Tensor) -> Masks:
     """Return masks that drop round(sparsity * width) channels of every group, at least one kept."""
+    return group_masks(channel_groups(model, example), current, sparsity)
+
+
+def group_masks(groups: Iterable[ChannelGroup], current: Masks, sparsity: float) -> Masks:
+    """Return masks that drop round(sparsity * width) channels of these groups, at least one of each kept."""
     found: dict[str, Tensor] = {}
-    for group in channel_groups(model, example):
-        drop = min(round(sparsity * group.width), group.width - 1)
+    for group in groups:
+        drop = dropped_of(sparsity, group.width)
         score = group_score(group, current)
         method = prune.LnStructured(amount=drop, n=1, dim=0)
         keep = method.compute_mask(score[:, None], torch.ones(group.width, 1))[:, 0]
@@ -123,18 +133,20 @@ def _member_masks(member: Member, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def dead_channels(model: nn.Module, example: Tensor) -> list[tuple[str, int, int]]:
     """Return (group, dead, width): channels whose weights, biases and norms are zero in every coupled layer."""
-    found = []
-    for group in channel_groups(model, example):
-        dead = torch.ones(group.width, dtype=torch.bool)
-        for member in group.members:
-            weight, bias = member.module.weight, member.module.bias
-            assert isinstance(weight, Tensor)
-            zero = weight.detach().flatten(1).abs().amax(1) == 0 if weight.dim() > 1 else weight.detach() == 0
-            if isinstance(bias, Tensor):
-                zero = zero & (bias.detach() == 0)
-            dead[member.channel] &= zero.cpu()[member.local]
-        found.append((group.name, int(dead.sum()), group.width))
-    return found
+    return [(group.name, count_dead(group), group.width) for group in channel_groups(model, example)]
+
+
+def count_dead(group: ChannelGroup) -> int:
+    """Return how many channels of a group are zero in all of its layers."""
+    dead = torch.ones(group.width, dtype=torch.bool)
+    for member in group.members:
+        weight, bias = member.module.weight, member.module.bias
+        assert isinstance(weight, Tensor)
+        zero = weight.detach().flatten(1).abs().amax(1) == 0 if weight.dim() > 1 else weight.detach() == 0
+        if isinstance(bias, Tensor):
+            zero = zero & (bias.detach() == 0)
+        dead[member.channel] &= zero.cpu()[member.local]
+    return int(dead.sum())
 
 
 @dataclass(frozen=True)
@@ -148,8 +160,29 @@ class ChannelL2:
     updates: PositiveInt = 10
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
-        """Return masks that drop this share of every group's channels."""
-        return channel_masks(model, current, sparsity, context.example)
+        """Return masks that drop this share of every group's channels.
 
-    def check(self, model: nn.Module) -> None:
-        """Nothing to check here: `channel_masks` drops an exact number, and the masks hold it."""
+        Raises:
+            ModelError: more of them are zero already than the final sparsity asks for.
+        """
+        groups = list(channel_groups(model, context.example))
+        for group in groups:
+            dead = count_dead(group)
+            if dead > dropped_of(self.sparsity, group.width):
+                raise ModelError(
+                    f"{dead} of {group.width} channels of {group.name} are zero already; sparsity is the total, and "
+                    f"{self.sparsity:.1%} is less than that"
+                )
+        return group_masks(groups, current, sparsity)
+
+    def reached(self, model: nn.Module, context: CompressContext) -> float:
+        """Return the share of channels that are zero, over all groups."""
+        found = dead_channels(model, context.example)
+        return sum(dead for _, dead, _ in found) / max(1, sum(width for _, _, width in found))
+
+    def check(self, model: nn.Module, context: CompressContext) -> None:
+        """Check that each group has as many zero channels as asked for; weights pruned singly may leave more."""
+        for name, dead, width in dead_channels(model, context.example):
+            wanted = dropped_of(self.sparsity, width)
+            if dead < wanted:
+                raise ModelError(f"channel_l2: {dead} of {width} channels of {name} are zero, {wanted} were asked for")

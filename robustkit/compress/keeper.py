@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
-from robustkit.compress.base import CompressContext, Compressor, cubic_sparsity
-from robustkit.compress.masks import Masks, sparsity_of, zero_masks
+from robustkit.compress.base import CompressContext, Compressor, Counting, cubic_sparsity
+from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.prune import TorchMethod
 from robustkit.errors import ModelError, UsageError
+from robustkit.results import Flag
 from robustkit.seeding import derive_seed
 from robustkit.train.hooks import Defense, Step
+
+CUT_SHORT = "pruned-after-training"
+CUT_SHORT_MESSAGE = (
+    "training ended before the pruning schedule did: pruned to {:.0%} afterwards, with no training to follow; train to "
+    "the end, or let the schedule end earlier"
+)
 
 
 def as_compressor(made: object) -> Compressor:
@@ -35,15 +42,25 @@ class MaskKeeper(Defense):
     """The compression of one variant as a training hook.
 
     The masks stand beside a plain model and are applied after every optimizer step, so that no momentum, weight decay
-    or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero.
+    or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero. `held`: masks that
+    the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held.
     """
 
     def __init__(
-        self, compressors: Sequence[object], *, inherit: bool, context_seed: int, example: Tensor, threat: Threat
+        self,
+        compressors: Sequence[object],
+        *,
+        inherit: bool,
+        context_seed: int,
+        example: Tensor,
+        threat: Threat,
+        held: Masks | None = None,
     ) -> None:
         self.compressors = [as_compressor(made) for made in compressors]
         self.masks = Masks()
+        self.flags: list[Flag] = []
         self._inherit = inherit
+        self._held = held or Masks()
         self._seed = context_seed
         self._example = example
         self._threat = threat
@@ -51,28 +68,51 @@ class MaskKeeper(Defense):
         self._done = [0 for _ in self.compressors]
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Take over the zeros of the parent, then apply every one-shot method."""
-        if self._inherit:
-            self.masks = zero_masks(model)
+        """Take over the zeros of the parent and of hooks, then apply every one-shot method."""
+        model = self._begin(model)
+        self._rehearse(model)
         for number, method in enumerate(self.compressors):
-            self._start.append(sparsity_of(model))
+            self._start.append(self._reached(model, method))
             if method.schedule == "one_shot":
                 self._advance(model, number, method.sparsity)
         return model
 
     def compress(self, model: nn.Module) -> nn.Module:
         """Apply everything at its final sparsity, without training."""
-        if self._inherit:
-            self.masks = zero_masks(model)
+        model = self._begin(model)
         for number, method in enumerate(self.compressors):
             self._advance(model, number, method.sparsity)
+            self._done[number] = method.updates
         return model
+
+    def _begin(self, model: nn.Module) -> nn.Module:
+        self._start = []
+        self.masks = self._held.narrowed(hook_masks(model).tensors)
+        model = without_hooks(model)
+        if self._inherit:
+            self.masks = self.masks.narrowed(zero_masks(model).tensors)
+        self.masks.apply_(model)
+        return model
+
+    @torch.no_grad()
+    def _rehearse(self, model: nn.Module) -> None:
+        """Prune to the end and back: what cannot be reached is said before the training and not after it."""
+        masks, weights = self.masks, {name: value.detach().clone() for name, value in model.named_parameters()}
+        for number, method in enumerate(self.compressors):
+            self._advance(model, number, method.sparsity)
+        self._check(model)
+        self.masks = masks
+        for name, value in model.named_parameters():
+            value.copy_(weights[name])
+
+    def _reached(self, model: nn.Module, method: Compressor) -> float:
+        return method.reached(model, self._context(model)) if isinstance(method, Counting) else sparsity_of(model)
 
     def after_step(self, step: Step) -> None:
         """Advance the schedules that are due and hold the masks."""
         for number, method in enumerate(self.compressors):
             if method.schedule == "cubic":
-                due = updates_due(method, step.progress)
+                due = updates_due(method, step.done)
                 if due > self._done[number]:
                     self._done[number] = due
                     share = due / method.updates
@@ -81,37 +121,49 @@ class MaskKeeper(Defense):
 
     def ready(self, step: Step) -> bool:
         """Say whether every schedule has reached its sparsity."""
-        return all(
-            method.schedule == "one_shot" or self._done[number] >= method.updates
+        return not self._left()
+
+    def _left(self) -> list[int]:
+        """Return the methods whose schedules have not reached their sparsity."""
+        return [
+            number
             for number, method in enumerate(self.compressors)
-        )
+            if method.schedule == "cubic" and self._done[number] < method.updates
+        ]
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """Apply the masks once more and check what was reached.
+        """Complete schedules that the training left open, with a flag; apply the masks and check what was reached.
 
         Raises:
             ModelError: the sparsity is not what was asked, or a layer is empty that nobody asked to empty.
         """
+        for number in self._left():
+            method = self.compressors[number]
+            self.flags.append(Flag(id=CUT_SHORT, severity="doubt", message=CUT_SHORT_MESSAGE.format(method.sparsity)))
+            self._advance(model, number, method.sparsity)
+            self._done[number] = method.updates
         self.masks.apply_(model)
-        for method in self.compressors:
-            method.check(model)
-        if self.compressors and not any(
-            getattr(method, "max_layer_sparsity", 0.99) >= 1 for method in self.compressors
-        ):
-            self._check_layers(model)
+        self._check(model)
         return model
 
-    def _check_layers(self, model: nn.Module) -> None:
+    def _check(self, model: nn.Module) -> None:
+        for method in self.compressors:
+            method.check(model, self._context(model))
+        caps = [getattr(method, "max_layer_sparsity", None) for method in self.compressors]
+        if any(cap is not None and cap >= 1 for cap in caps):
+            return
+        hint = ", or set max_layer_sparsity: 1" if any(cap is not None for cap in caps) else ""
         for name, mask in self.masks.tensors.items():
-            if mask.dim() > 1 and not bool(mask.any()):
-                raise ModelError(f"pruning emptied {name}; lower the sparsity, or set max_layer_sparsity: 1")
+            if self.compressors and mask.dim() > 1 and not bool(mask.any()):
+                raise ModelError(f"pruning emptied {name}; lower the sparsity{hint}")
+
+    def _context(self, model: nn.Module, number: int = 0) -> CompressContext:
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, number, self._done[number]))
+        return CompressContext(self._example.to(next(model.parameters()).device), generator, self._threat)
 
     def _advance(self, model: nn.Module, number: int, sparsity: float) -> None:
         method = self.compressors[number]
-        device = next(model.parameters()).device
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, number, self._done[number]))
-        context = CompressContext(self._example.to(device), generator, self._threat)
-        self.masks = method.masks(model, self.masks, sparsity, context)
+        self.masks = method.masks(model, self.masks, sparsity, self._context(model, number))
         self.masks.apply_(model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +179,10 @@ class MaskKeeper(Defense):
 
 def updates_due(method: Compressor, progress: float) -> int:
     """Return how many of a schedule's updates are due at this share of training."""
+    # Shares of the training are sums of floats: the last step ends at 1 within rounding.
+    progress += 1e-9
     if progress < method.begin:
         return 0
-    span = max(method.end - method.begin, 1e-9)
-    return min(method.updates, int((progress - method.begin) / span * method.updates + 1e-9))
+    if progress >= method.end:
+        return method.updates
+    return int((progress - method.begin) / (method.end - method.begin) * method.updates)

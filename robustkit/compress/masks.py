@@ -84,6 +84,27 @@ def hooked_names(module: nn.Module) -> list[str]:
     ]
 
 
+def is_hooked(model: nn.Module) -> bool:
+    """Say whether torch.nn.utils.prune hooks rebuild any tensor of the model."""
+    return any(hooked_names(module) for module in model.modules())
+
+
+def hook_masks(model: nn.Module) -> Masks:
+    """Return the masks of a model's torch.nn.utils.prune hooks, by the names that `without_hooks` leaves."""
+    return Masks(
+        {
+            f"{label}.{name}" if label else name: getattr(module, f"{name}_mask").detach().clone()
+            for label, module in model.named_modules()
+            for name in hooked_names(module)
+        }
+    )
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """Return the model itself where it has no torch.nn.utils.prune hooks, else its plain copy."""
+    return plain_copy(model) if is_hooked(model) else model
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """Return a copy without torch.nn.utils.prune hooks: plain parameters with zeros; the model itself is not changed.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +80,14 @@ def _check_room(live: Tensor, count: int, cap: float, name: str = "") -> None:
             f"{count / max(1, live.numel()):.1%} is less than that"
         )
     if count > free:
-        raise ModelError(
-            f"a sparsity of {count / live.numel():.1%} would drop more than max_layer_sparsity={cap:g} of a layer; "
-            "raise max_layer_sparsity (1 may empty a layer) or lower sparsity"
-        )
+        raise ModelError(_over_cap(count / live.numel(), cap))
+
+
+def _over_cap(sparsity: float, cap: float) -> str:
+    return (
+        f"a sparsity of {sparsity:.1%} would drop more than max_layer_sparsity={cap:g} of a layer; "
+        "raise max_layer_sparsity (1 may empty a layer) or lower sparsity"
+    )
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
@@ -99,7 +102,8 @@ def check_sparsity(model: nn.Module, sparsity: float, name: str) -> None:
     total = sum(weight.numel() for _, weight in prunable(model))
     wanted = round(sparsity * total)
     if abs(zeros - wanted) > 1:
-        raise ModelError(f"{name}: {zeros} of {total} weights are zero, {wanted} were asked for")
+        more = "; what the variant's other methods or its parent prune counts as well" if zeros > wanted else ""
+        raise ModelError(f"{name}: {zeros} of {total} weights are zero, {wanted} were asked for{more}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class GlobalL1:
         """Return masks of this total sparsity by magnitude."""
         return global_masks(magnitude_scores(model), current, sparsity, self.max_layer_sparsity)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""
         check_sparsity(model, self.sparsity, "global_l1")
 
@@ -131,12 +135,19 @@ class LayerL1:
     begin: Fraction = 0.0
     end: Fraction = 0.5
     updates: PositiveInt = 20
+    max_layer_sparsity: Fraction = 0.99
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
-        """Return masks of this sparsity in every layer by magnitude."""
+        """Return masks of this sparsity in every layer by magnitude.
+
+        Raises:
+            ModelError: that is more than max_layer_sparsity, or less than what is dropped already.
+        """
+        if sparsity > self.max_layer_sparsity:
+            raise ModelError(_over_cap(sparsity, self.max_layer_sparsity))
         return layer_masks(magnitude_scores(model), current, sparsity)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""
         check_sparsity(model, self.sparsity, "layer_l1")
 
@@ -157,7 +168,7 @@ class RandomWeights:
         scores = {name: _uniform(weight, context.generator) for name, weight in prunable(model)}
         return global_masks(scores, current, sparsity, self.max_layer_sparsity)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""
         check_sparsity(model, self.sparsity, "random")
 
@@ -181,13 +192,16 @@ class TorchMethod:
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
         """Return what the method's compute_mask returns for every prunable weight."""
-        found: Mapping[str, Tensor] = {
-            name: self.method.compute_mask(weight.detach(), current.of(name, weight.detach()))
-            for name, weight in prunable(model)
-        }
+        found: dict[str, Tensor] = {}
+        devices = {weight.device for _, weight in prunable(model) if weight.is_cuda}
+        with torch.random.fork_rng(devices=list(devices)):
+            # Random methods of torch's draw from the global generators.
+            torch.manual_seed(context.generator.initial_seed())
+            for name, weight in prunable(model):
+                found[name] = self.method.compute_mask(weight.detach(), current.of(name, weight.detach()))
         return current.narrowed(found)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, context: CompressContext) -> None:
         """Accept whatever the method reached, but no layer that it emptied."""
         for name, weight in prunable(model):
             if not bool((weight != 0).any()):

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from robustkit import registry
+from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_inner
 from robustkit.models.normalized import Normalized
@@ -103,7 +104,7 @@ def _skeleton(path: Path, use: Use, described: Architecture, folder: Path | None
         # On the meta device nothing is allocated, whatever sizes the file claims.
         with torch.device("meta" if on_meta else "cpu"):
             inner = build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder)
-            return Normalized(inner, [0.0] * channels, [1.0] * channels)
+            return without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels))
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
 

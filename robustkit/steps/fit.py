@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustkit import registry
 from robustkit.checkpoint import StateFile
 from robustkit.compress.keeper import MaskKeeper
+from robustkit.compress.masks import Masks, hook_masks, is_hooked, without_hooks
 from robustkit.data.split import Dataset
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
@@ -27,8 +29,9 @@ def fit_step(bench: Workbench, step: Step) -> None:
     """Make a variant: its parent's weights or new ones, compressed, trained, saved as best and last."""
     variant = bench.recipe.variant(step.variant)
     data = bench.dataset(variant.train.validation) if variant.train else bench.any_dataset()
-    model = _start(bench, variant, step, data).to(bench.device)
-    keeper = _keeper(bench, variant, step, data)
+    arrived = _start(bench, variant, step, data)
+    keeper = _keeper(bench, variant, step, data, hook_masks(arrived))
+    model = without_hooks(arrived).to(bench.device)
     record: dict[str, Any] = {"variant": step.variant, "seed": step.seed}
     files: tuple[str, ...] = (MODEL,)
     if variant.train:
@@ -54,7 +57,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
             "notes": list(fitted.notes),
             "train_seconds": fitted.seconds,
         }
-        last = _start(bench, variant, step, data)
+        last = without_hooks(_start(bench, variant, step, data))
         last.load_state_dict(fitted.last_state)
         _save(bench, last, variant, data, step, LAST)
         files = (MODEL, LAST)
@@ -62,6 +65,8 @@ def fit_step(bench: Workbench, step: Step) -> None:
         model = keeper.compress(model)
     if keeper is not None:
         model = keeper.finish(model)
+        if keeper.flags:
+            record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)
 
@@ -75,6 +80,10 @@ def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Datase
 def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:
     if step.parents:
         return bench.load(step.parents[0])
+    return _build(bench, variant, step, data)
+
+
+def _build(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:
     with torch.random.fork_rng():
         # Variants of one architecture start from the same weights, so that differences come from the defenses.
         identity = content_key(model=variant.model.name, parameters=variant.model.parameters)
@@ -91,9 +100,9 @@ def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
         )
 
 
-def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> MaskKeeper | None:
-    inherit = _compressed(bench, variant.parent)
-    if not variant.compress and not inherit:
+def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, held: Masks) -> MaskKeeper | None:
+    inherit = _compressed(bench, variant.parent) or (bool(step.parents) and _prunes_itself(bench, variant, step, data))
+    if not variant.compress and not inherit and not held.tensors:
         return None
     return MaskKeeper(
         [bench.create("compressor", use) for use in variant.compress],
@@ -101,7 +110,14 @@ def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -
         context_seed=derive_seed(step.seed, step.key, "compress"),
         example=torch.zeros(2, *data.shape),
         threat=threat_of(variant.threat),
+        held=held,
     )
+
+
+def _prunes_itself(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> bool:
+    """Say whether new models of the variant's class have torch.nn.utils.prune hooks, so that its parent's did."""
+    entry = registry.find("model", variant.model.name, folder=bench.recipe.folder, plugins=bench.recipe.plugins)
+    return entry.origin not in ("builtin", "torchvision") and is_hooked(_build(bench, variant, step, data))
 
 
 def _compressed(bench: Workbench, label: str | None) -> bool:

@@ -36,7 +36,8 @@ class Guards:
 
     def judge(self, row: EpochRow, earlier: Sequence[EpochRow]) -> Verdict:
         """Return what an epoch shows, given the epochs before it."""
-        if not math.isfinite(row.loss):
+        # The held-out loss shows weights that the epoch's last step has spoilt.
+        if not all(math.isfinite(loss) for loss in (row.loss, row.validation_loss) if loss is not None):
             return "diverged"
         if is_stuck(row, earlier, self.classes, self.epochs):
             return "stuck"

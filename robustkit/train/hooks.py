@@ -57,6 +57,13 @@ class Step:
     """Share of the training that is done, in [0, 1]."""
     threat: Threat
     generator: torch.Generator
+    length: float = 0.0
+    """Share of the training that this step is; 0 between steps."""
+
+    @property
+    def done(self) -> float:
+        """Share of the training that is done once this step is."""
+        return self.progress + self.length
 
 
 @dataclass
@@ -138,7 +145,7 @@ class Defense:
         return groups
 
     def sample_weights(self, labels: Tensor, context: DataContext) -> Tensor | None:
-        """EXCLUSIVE. Return sampling weights (N,) for drawing with replacement, or None."""
+        """EXCLUSIVE. Return sampling weights (N,) for drawing with replacement, or None; after every prepare_data."""
         return None
 
     def transform_batch(self, batch: Batch, step: Step) -> Batch:

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 
-def to_channels_last(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> nn.Module:
-    """Return the model with channels-last weights where it takes such images, else as it was.
+def to_channels_last(
+    model: nn.Module, shape: tuple[int, int, int], device: torch.device
+) -> tuple[nn.Module, torch.memory_format]:
+    """Return the model with channels-last weights where it takes such images, else as it was; and the images' layout.
 
     A model that calls `.view` on its maps does not; it is found out here, on two images of zeros.
     """
@@ -17,10 +19,10 @@ def to_channels_last(model: nn.Module, shape: tuple[int, int, int], device: torc
     try:
         with torch.no_grad():
             changed.eval()(x)
-        return changed
+        return changed, torch.channels_last
     except RuntimeError:
         back: nn.Module = model.to(memory_format=torch.contiguous_format)
-        return back
+        return back, torch.contiguous_format
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -113,7 +113,7 @@ class _Run:
         self.attacked = robust_subset(self.validation)
         # Shown where it is asked for; no decision ever reads it.
         self.test = data.test.to(device) if spec.monitor_test else None
-        self.model = self._prepare_model(model.to(device))
+        self.model, self.layout = to_channels_last(self._prepare_model(model.to(device)), self.train.shape, device)
         self.optimizer = self._optimizer()
         self.schedule: SchedulePlugin = self._plugin("schedule")
         self.runner: Callable[[Tensor], Tensor] = torch.compile(self.model) if spec.compile else self.model
@@ -127,17 +127,22 @@ class _Run:
 
     def _prepare_data(self, data: Dataset) -> tuple[Split, Tensor | None]:
         probe = Probe(data.train, self.classes, self.device, derive_seed(self.seed, self.key, "probe"))
-        train, weights = data.train, None
-        for label, defense in self.defenses:
-            context = DataContext(
+        contexts = {
+            label: DataContext(
                 generator=torch.Generator().manual_seed(derive_seed(self.seed, self.key, label, "data")),
                 device=self.device,
                 log=self._log,
                 features=probe,
                 test=data.test,
             )
-            train = defense.prepare_data(train, context)
-            drawn = defense.sample_weights(train.labels, context)
+            for label, _ in self.defenses
+        }
+        train, weights = data.train, None
+        for label, defense in self.defenses:
+            train = defense.prepare_data(train, contexts[label])
+        # Only now: weights are one for each example that every defense has left in.
+        for label, defense in self.defenses:
+            drawn = defense.sample_weights(train.labels, contexts[label])
             weights = drawn if drawn is not None else weights
         return resident(train, self.device, self.spec.memory_limit), weights
 
@@ -148,7 +153,7 @@ class _Run:
     def _prepare_model(self, model: nn.Module) -> nn.Module:
         for _, defense in self.defenses:
             model = defense.prepare_model(model)
-        return to_channels_last(model, self.train.shape, self.device)
+        return model
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
@@ -171,22 +176,22 @@ class _Run:
         state = self._start(checkpoint)
         good = snapshot(self.model, self.optimizer, self.defenses)
         recovery = Recovery(self._put_back, self.initial, self.on_event)
-        while state.epoch < self.spec.epochs and state.guards.collapsed_at is None:
+        while state.epoch < self.spec.epochs and not state.stopped:
             row = self._epoch(state)
             weights = weights_of(self._evaluated())
-            verdict, stop = self._judge(row, state)
+            verdict, state.stopped = self._judge(row, state)
             if verdict == "ok":
                 self._accept(row, state, weights)
                 good = snapshot(self.model, self.optimizer, self.defenses)
             else:
-                stop = recovery.recover(verdict, row, state, good)
-                if stop and verdict == "stuck":
+                state.stopped = recovery.recover(verdict, row, state, good)
+                if verdict == "stuck" and state.stopped:
                     self._accept(row, state, weights)
                     state.guards.collapsed_at = row.epoch
+                elif verdict == "stuck":
+                    good = self.initial
             if checkpoint is not None:
                 checkpoint.save(to_file(state, good))
-            if stop:
-                break
         return self._finish(state)
 
     def _start(self, checkpoint: Checkpoint | None) -> TrainingState:
@@ -242,9 +247,10 @@ class _Run:
         for number, (x, y, index) in enumerate(batches, 1):
             progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
             self._set_lr(progress, state)
-            batch = Batch(x.contiguous(memory_format=torch.channels_last), y, index, self.classes)
+            batch = Batch(x.contiguous(memory_format=self.layout), y, index, self.classes)
+            length = 1 / (steps * self.spec.epochs)
             hooked = [
-                (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label]))
+                (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label], length))
                 for label, defense in self.defenses
             ]
             loss, hits = train_step(self.runner, batch, hooked, self.optimizer, precision=self.precision)
@@ -293,7 +299,8 @@ class _Run:
         verdict: Verdict = state.guards.judge(row, state.rows) if self.spec.guards else "ok"
         if verdict != "ok":
             return verdict, False
-        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust)
+        single = getattr(row, "single_step", None)
+        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust, single)
         decisions = [defense.after_epoch(report) for _, defense in self.defenses]
         if Decision.FAIL in decisions:
             raise TrainingError(f"a defense gave up after epoch {row.epoch + 1}")

@@ -36,6 +36,8 @@ class TrainingState:
     guards: Guards
     epoch: int = 0
     """The next epoch, from 0."""
+    stopped: bool = False
+    """Whether a defense or a guard has ended the training before its last epoch."""
     rows: list[EpochRow] = field(default_factory=list)
     best: Weights = field(default_factory=dict)
     best_epoch: int = -1
@@ -83,6 +85,7 @@ def to_file(state: TrainingState, good: dict[str, Any]) -> dict[str, Any]:
     return {
         **good,
         "epoch": state.epoch,
+        "stopped": state.stopped,
         "rows": [row.model_dump() for row in state.rows],
         "best": state.best,
         "best_epoch": state.best_epoch,
@@ -101,6 +104,7 @@ def from_file(saved: dict[str, Any], guards: Guards) -> TrainingState:
     return TrainingState(
         guards=guards,
         epoch=int(saved["epoch"]),
+        stopped=bool(saved.get("stopped")),
         rows=[EpochRow.model_validate(row) for row in saved["rows"]],
         best=saved["best"],
         best_epoch=int(saved["best_epoch"]),

@@ -64,9 +64,10 @@ def our_loop(data: Dataset, augment: Sequence[Augmentation] = ()) -> Callable[[]
 
 def constant_batch(data: Dataset) -> Callable[[], int]:
     """The same steps on one batch that never changes: what is left is the model's own work."""
-    model = to_channels_last(network(data), data.shape, CPU).train()
+    model, layout = to_channels_last(network(data), data.shape, CPU)
+    model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x = data.train.floats(0, BATCH).contiguous(memory_format=torch.channels_last)
+    x = data.train.floats(0, BATCH).contiguous(memory_format=layout)
     y = data.train.labels[:BATCH]
     steps = len(data.train) // BATCH
 

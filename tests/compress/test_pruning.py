@@ -235,6 +235,84 @@ def test_the_weakest_channels_go() -> None:
     assert found.flatten(1).amax(1).tolist() == [0, 0, 1, 0], "one channel is always left"
 
 
+def test_channels_that_are_missing_are_an_error() -> None:
+    with pytest.raises(ModelError, match=r"channel_l2: 0 of \d+ channels of .* are zero, \d+ were asked for"):
+        ChannelL2(0.5).check(network(), context())
+
+
+def test_channel_sparsity_is_the_total() -> None:
+    model = network()
+    keeper(ChannelL2(0.5)).compress(model)
+    with pytest.raises(ModelError, match=r"\d+ of \d+ channels .* are zero already; .* 25\.0% is less"):
+        keeper(ChannelL2(0.25), inherit=True).prepare_model(copy.deepcopy(model))
+    child = keeper(ChannelL2(0.625, schedule="cubic", end=1.0), inherit=True)
+    child.prepare_model(model)
+    seen = []
+    for number in range(11):
+        child.after_step(Step(model, 0, 1, number / 10, THREAT, torch.Generator()))
+        seen.append([dead / width for _, dead, width in dead_channels(model, torch.zeros(2, 1, 8, 8))])
+    assert seen == sorted(seen)
+    assert set(seen[0]) == {0.5}
+    assert set(seen[-1]) == {0.625}
+    child.finish(model)
+
+
+def test_a_channel_schedule_starts_from_the_share_of_channels_and_not_of_weights() -> None:
+    model = network()
+    keeper(GlobalL1(0.8)).compress(model)
+    child = keeper(ChannelL2(0.5, schedule="cubic", end=1.0), inherit=True)
+    child.prepare_model(model)
+    for number in range(11):
+        child.after_step(Step(model, 0, 1, number / 10, THREAT, torch.Generator()))
+    assert [2 * dead for _, dead, _ in dead_channels(model, torch.zeros(2, 1, 8, 8))] == [
+        width for _, _, width in dead_channels(model, torch.zeros(2, 1, 8, 8))
+    ]
+
+
+@pytest.mark.parametrize("method", [GlobalL1(0.8, "cubic"), ChannelL2(0.5, "cubic"), RandomWeights(0.8, "cubic")])
+def test_a_schedule_that_the_training_cut_short_is_completed_with_a_flag(method: Compressor) -> None:
+    model = network()
+    one = keeper(method)
+    one.prepare_model(model)
+    one.after_step(Step(model, 0, 1, 0.2, THREAT, torch.Generator()))
+    assert not one.ready(Step(model, 0, 1, 0.2, THREAT, torch.Generator()))
+    one.finish(model)
+    assert [(flag.id, flag.severity) for flag in one.flags] == [("pruned-after-training", "doubt")]
+    method.check(model, context())
+    whole = keeper(method)
+    whole.finish(whole.compress(network()))
+    assert whole.flags == []
+
+
+def test_what_cannot_be_reached_is_an_error_before_the_training() -> None:
+    with pytest.raises(ModelError, match="other methods or its parent"):
+        keeper(GlobalL1(0.5), ChannelL2(0.5)).prepare_model(network())
+    with pytest.raises(ModelError, match="other methods or its parent"):
+        keeper(GlobalL1(0.5, "cubic"), ChannelL2(0.5, "cubic")).prepare_model(network())
+    model, masks = network(), keeper(ChannelL2(0.5, "cubic"), GlobalL1(0.8, "cubic"))
+    before = copy.deepcopy(model.state_dict())
+    masks.prepare_model(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not masks.masks.tensors
+
+
+def test_a_layer_may_be_emptied_where_it_is_asked_for() -> None:
+    with pytest.raises(ModelError, match=r"100\.0% would drop more than max_layer_sparsity=0\.99"):
+        keeper(LayerL1(1.0)).prepare_model(network())
+    one = keeper(LayerL1(1.0, max_layer_sparsity=1.0))
+    assert sparsity_of(one.finish(one.compress(network()))) == 1.0
+
+
+def test_holding_masks_asks_the_device_nothing() -> None:
+    """A hidden `.item()`, or a mask that was left on the CPU, raises on the meta device."""
+    model = network()
+    one = keeper(ChannelL2(0.25), GlobalL1(0.8, "cubic", begin=0.5))
+    one.prepare_model(model)
+    model.to("meta")
+    one.after_step(Step(model, 0, 1, 0.2, THREAT, torch.Generator()))
+    assert all(mask.is_meta for mask in one.masks.tensors.values())
+
+
 def test_the_same_table_for_every_method_of_the_registry() -> None:
     for name in registry.BUILTIN["compressor"]:
         entry = registry.find("compressor", name)
@@ -276,6 +354,17 @@ def test_a_pruning_method_of_the_users_own() -> None:
         as_compressor("text")
 
 
+def test_random_methods_of_torchs_follow_the_seed() -> None:
+    models = [network(), network()]
+    for model in models:
+        torch.rand(3)
+        before = torch.get_rng_state()
+        keeper(prune.RandomUnstructured(0.5)).prepare_model(model)
+        assert torch.equal(torch.get_rng_state(), before), "and leave the global generator alone"
+    for (name, weight), (_, other) in zip(prunable(models[0]), prunable(models[1]), strict=True):
+        assert torch.equal(weight, other), name
+
+
 def test_torchs_own_methods_by_name() -> None:
     entry = registry.find("compressor", "torch.nn.utils.prune:L1Unstructured")
     clean, problems = registry.check_parameters(entry, {"amount": 0.25})
@@ -309,6 +398,25 @@ def test_a_model_that_arrives_with_hooks_is_understood_and_left_alone() -> None:
     one = keeper(GlobalL1(0.9), inherit=True)
     one.finish(one.compress(plain))
     assert abs(sparsity_of(plain) - 0.9) < 1e-3
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_keeper_makes_hooked_models_plain_and_holds_what_the_hooks_drop(trained: bool) -> None:
+    model = network()
+    prune.l1_unstructured(model.head, "weight", amount=0.6)
+    dropped = model.head.weight_mask == 0
+    one = keeper(GlobalL1(0.7))
+    plain = one.prepare_model(model) if trained else one.compress(model)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
+    assert set(one.masks.tensors) <= set(dict(plain.named_parameters()))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(1.0)
+    one.after_step(Step(plain, 0, 1, 0.5, THREAT, torch.Generator()))
+    one.finish(plain)
+    assert not bool(plain.head.weight[dropped].any())  # type: ignore[union-attr,index]
+    assert abs(sparsity_of(plain) - 0.7) < 1e-3
+    assert bool(plain.head.bias.all()), "a bias that was zero by chance is free"  # type: ignore[union-attr,operator]
 
 
 def test_a_masked_model_is_a_plain_one(tmp_path: Path) -> None:

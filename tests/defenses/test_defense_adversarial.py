@@ -16,6 +16,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.defenses.adversarial import NFgsm, PgdTraining, Trades, trades_loss, warmed
 from robustkit.defenses.inner import (
     kl_divergence,
+    l2_direction,
     margin_score,
     n_fgsm_examples,
     pgd_examples,
@@ -81,6 +82,27 @@ def test_pgd_reaches_the_optimum_of_a_linear_model(norm: str, start: bool, loss:
     torch.testing.assert_close(found, x + best.view_as(x), atol=2e-3 if norm == "l2" else 1e-6, rtol=0)
 
 
+def test_an_l2_step_is_as_long_however_small_the_gradient_is() -> None:
+    gradient = torch.randn(3, *SHAPE, generator=generator())
+    expected = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    for scale in (1e6, 1.0, 1e-12, 1e-25, 1e-36):
+        torch.testing.assert_close(l2_direction(gradient * scale), expected)
+    assert not bool(l2_direction(torch.zeros(2, *SHAPE)).any())
+
+
+def test_l2_pgd_reaches_the_bound_of_examples_that_the_model_is_sure_of() -> None:
+    model, direction = linear_binary()
+    x = images()
+    with torch.no_grad():
+        model[-1].weight.mul_(140 / direction.norm())  # type: ignore[operator,index,union-attr]
+    logits = model(x).detach()
+    y = logits.argmax(1)
+    assert float((logits[:, 0] - logits[:, 1]).abs().min()) > 35, "or the gradient is not small"
+    found = pgd_examples(model, x, y, Threat("l2", 0.05), steps=10, alpha=0.02, generator=generator(), start=False)
+    moved = (found - x).flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.05), atol=1e-4, rtol=0)
+
+
 def test_pgd_keeps_the_worst_of_its_restarts() -> None:
     model, x, y = small_model().eval(), images(), torch.arange(12) % 3
     threat = Threat("linf", 0.2)
@@ -124,6 +146,20 @@ def test_trades_loss_is_the_formula() -> None:
     soft = F.one_hot(y, 3).float() * 0.9 + 0.1 / 3
     smooth = -(soft * p.log()).sum(1) + 6.0 * (p * (p / q).log()).sum(1)
     torch.testing.assert_close(trades_loss(clean, adversarial, soft, 6.0), smooth)
+
+
+def test_trades_pulls_the_clean_prediction_too() -> None:
+    """Zhang et al. take the gradient of both sides of the KL."""
+    clean, adversarial = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    trades_loss(clean, adversarial, y, 6.0).sum().backward()
+    p, q = clean.detach().clone().requires_grad_(True), adversarial.detach().clone().requires_grad_(True)
+    by_hand = F.cross_entropy(p, y, reduction="sum") + 6.0 * F.kl_div(
+        q.log_softmax(1), p.log_softmax(1), log_target=True, reduction="sum"
+    )
+    by_hand.backward()
+    torch.testing.assert_close(clean.grad, p.grad)
+    torch.testing.assert_close(adversarial.grad, q.grad)
 
 
 def test_kl_of_equal_logits_is_exactly_zero() -> None:

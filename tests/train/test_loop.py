@@ -17,22 +17,23 @@ from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Threat
 from robustkit.checkpoint import StateFile
 from robustkit.compress.keeper import MaskKeeper
+from robustkit.compress.masks import sparsity_of
 from robustkit.compress.prune import GlobalL1
 from robustkit.data.augment import Crop, Cutout, Flip
 from robustkit.data.load import load_dataset
-from robustkit.data.split import Dataset
+from robustkit.data.split import Dataset, Split, split_of
 from robustkit.errors import TrainingError
 from robustkit.models.normalized import Normalized
 from robustkit.models.small_cnn import SmallCnn
 from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.results import EpochRow
 from robustkit.train.guards import Guards
-from robustkit.train.hooks import Batch, Decision, Defense, EpochReport, Forward, Step
+from robustkit.train.hooks import Batch, DataContext, Decision, Defense, EpochReport, Forward, Step
 from robustkit.train.layout import to_channels_last
 from robustkit.train.loop import Fitted, fit
 from robustkit.train.optim import Constant, Cosine, OneCycle, StepDecay
 from robustkit.train.step import train_step
-from robustkit.train.validate import clean_loss_and_accuracy
+from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy
 
 CPU = torch.device("cpu")
 THREAT = Threat("linf", 0.1)
@@ -200,6 +201,40 @@ def test_a_loss_that_is_not_finite_goes_back_and_halves_the_rate(digits: Dataset
     assert all(torch.isfinite(value).all() for value in found.model.state_dict().values())
 
 
+class PoisonsWeights(Defense):
+    """Makes the weights infinite after a given step, once."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def after_step(self, step: Step) -> None:
+        self.left -= 1
+        if not self.left:
+            with torch.no_grad():
+                next(step.model.parameters()).fill_(torch.nan)
+
+
+def test_weights_that_the_last_step_of_an_epoch_spoils_are_not_kept(digits: Dataset) -> None:
+    steps = -(-len(digits.train) // 64)
+    found = train(digits, [("poisons", PoisonsWeights(2 * steps))])
+    assert [flag.id for flag in found.flags] == ["diverged"]
+    assert len(found.epochs) == 3
+    assert all(torch.isfinite(value).all() for value in found.last_state.values())
+
+
+def test_a_resume_knows_the_returns_there_were(digits: Dataset, tmp_path: Path) -> None:
+    """Else it would go on at the full rate, and draw the same numbers again."""
+    file = StateFile(tmp_path / "state", lambda message: None)
+    given: dict[str, Any] = {"schedule": use("constant"), "augment": True}
+    straight = train(digits, [("poison", Poison([8]))], **given)
+    with pytest.raises(Stop):
+        train(digits, [("poison", Poison([8]))], checkpoint=StopAfter(file, 2), **given)  # type: ignore[arg-type]
+    resumed = train(digits, [("poison", Poison([]))], checkpoint=file, **given)
+    rates = [round(getattr(row, "lr"), 6) for row in resumed.epochs]  # noqa: B009
+    assert rates == [0.05, 0.025, 0.025]
+    assert same(straight.model.state_dict(), resumed.model.state_dict())
+
+
 def test_three_returns_are_enough(digits: Dataset) -> None:
     with pytest.raises(TrainingError, match=r"lower train\.optimizer's lr"):
         train(digits, [("poison", Poison(range(1, 100)))])
@@ -221,6 +256,41 @@ def test_a_model_that_is_stuck_at_chance_starts_again_and_is_flagged(digits: Dat
     assert [flag.id for flag in found.flags] == ["stuck"] * 3
     assert found.flags[-1].severity == "wrong"
     assert "not trained" in found.flags[-1].message
+
+
+class Firsts(Defense):
+    """Writes down the weights that each attempt starts from."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def transform_batch(self, batch: Batch, step: Step) -> Batch:
+        if step.progress == 0:
+            self.seen.append(next(step.model.parameters()).detach().clone())
+        return batch
+
+
+def test_a_new_start_is_one_from_the_first_weights_at_a_tenth_of_the_rate(digits: Dataset) -> None:
+    firsts = Firsts()
+    given: dict[str, Any] = {"optimizer": use("sgd", lr=1e-4, momentum=0.0), "schedule": use("constant")}
+    found = train(digits, [("firsts", firsts)], model=Constant0(), epochs=4, **given)
+    assert len(firsts.seen) == 3
+    assert not any(bool(weights.any()) for weights in firsts.seen)
+    assert [getattr(row, "lr") for row in found.epochs] == pytest.approx([1e-6] * len(found.epochs))  # noqa: B009
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3, 4])
+def test_a_training_that_was_killed_after_a_new_start_goes_on_bit_for_bit(
+    saves: int, digits: Dataset, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"epochs": 4, "optimizer": use("sgd", lr=1e-4, momentum=0.9)}
+    straight = train(digits, model=Constant0(), **given)
+    file = StateFile(tmp_path / "state", lambda message: None)
+    with pytest.raises(Stop):
+        train(digits, model=Constant0(), checkpoint=StopAfter(file, saves), **given)  # type: ignore[arg-type]
+    resumed = train(digits, model=Constant0(), checkpoint=file, **given)
+    assert same(straight.last_state, resumed.last_state)
+    assert [row.loss for row in straight.epochs] == [row.loss for row in resumed.epochs]
 
 
 def row(epoch: int, robust: float, single: float, train_accuracy: float = 0.6) -> EpochRow:
@@ -317,10 +387,20 @@ def test_the_best_epoch_is_chosen_by_attacked_accuracy_where_a_defense_attacks(
     assert not same(found.model.state_dict(), found.last_state), "best and last are both kept"
 
 
-def test_no_epoch_is_chosen_before_the_schedule_is_done(digits: Dataset) -> None:
+def test_no_epoch_is_chosen_before_the_schedule_is_done(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.9, 0.8, 0.5, 0.6])
+    monkeypatch.setattr("robustkit.train.loop.clean_loss_and_accuracy", lambda *_: (1.0, next(accuracies)))
     found = train(digits, [("masks", keeper())], epochs=4)
-    assert found.best_epoch >= 2
+    assert found.best_epoch == 3, "the best of those that are as sparse as asked"
     assert all(row.robust is None for row in found.epochs)
+
+
+@pytest.mark.parametrize("method", [GlobalL1(0.8, "cubic", end=1.0), GlobalL1(0.8, "cubic", begin=1.0, end=1.0)])
+def test_a_schedule_that_ends_with_the_training_is_done_by_then(method: GlobalL1, digits: Dataset) -> None:
+    masks = MaskKeeper([method], inherit=False, context_seed=3, example=torch.zeros(2, 1, 8, 8), threat=THREAT)
+    found = train(digits, [("masks", masks)], epochs=2)
+    assert found.best_epoch == 1
+    assert sparsity_of(found.model) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_the_test_data_are_never_looked_at(digits: Dataset) -> None:
@@ -345,11 +425,52 @@ def test_the_test_data_are_never_looked_at(digits: Dataset) -> None:
     assert model.training, "it was measured in eval mode and is back in training mode"
 
 
+class Brightness(nn.Module):
+    """Two classes split at a brightness of 0.5; a steep one saturates the probabilities."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        brightness = self.slope * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-brightness, brightness], 1)
+
+
+def test_validation_attacks_are_those_that_are_described() -> None:
+    """Ten margin steps get across the ball, through a saturated softmax too; one step of cross-entropy without."""
+    levels = torch.tensor([90, 105, 150, 165]).to(torch.uint8)
+    split = split_of(levels.view(4, 1, 1, 1).expand(4, 1, 8, 8).contiguous(), torch.tensor([0, 0, 1, 1]))
+    threat = Threat("linf", 30 / 255)
+    # 105 and 150 are within 30/255 of the border at 127.5; 90 and 165 are not.
+    assert robust_accuracy(Brightness(10), split, threat, CPU, seed=0) == (0.5, 0.5)
+    assert robust_accuracy(Brightness(1000), split, threat, CPU, seed=0) == (0.5, 1.0)
+
+
 class Patient(Defense):
     """Stops after two epochs."""
 
     def after_epoch(self, report: EpochReport) -> Decision:
         return Decision.STOP if report.epoch == 1 else Decision.CONTINUE
+
+
+class Reads(Defense):
+    """Keeps the reports that it is given."""
+
+    def __init__(self) -> None:
+        self.reports: list[EpochReport] = []
+
+    def after_epoch(self, report: EpochReport) -> Decision:
+        self.reports.append(report)
+        return Decision.CONTINUE
+
+
+def test_a_defense_reads_what_the_epoch_measured(digits: Dataset) -> None:
+    reads = Reads()
+    found = train(digits, [*named(use("n_fgsm")), ("reads", reads)], epochs=2)
+    expected = [(row.robust, getattr(row, "single_step")) for row in found.epochs]  # noqa: B009
+    assert [(report.robust, report.single_step) for report in reads.reports] == expected
+    assert all(one is not None for pair in expected for one in pair)
 
 
 class GivesUp(Defense):
@@ -386,6 +507,27 @@ def test_a_defense_may_stop_or_fail_a_training(digits: Dataset) -> None:
         train(digits, [("gives-up", GivesUp())])
 
 
+def test_a_stop_is_not_forgotten_on_resume(digits: Dataset, tmp_path: Path) -> None:
+    file = StateFile(tmp_path / "state", lambda message: None)
+    with pytest.raises(Stop):
+        train(digits, [("patient", Patient())], epochs=9, checkpoint=StopAfter(file, 2))  # type: ignore[arg-type]
+    assert len(train(digits, [("patient", Patient())], epochs=9, checkpoint=file).epochs) == 2
+
+
+class Halves(Defense):
+    """Leaves the first half of the training data out."""
+
+    def prepare_data(self, data: Split, context: DataContext) -> Split:
+        return data.select(torch.arange(len(data) // 2, len(data)))
+
+
+def test_sampling_weights_are_those_of_the_data_that_are_left(digits: Dataset) -> None:
+    """In whichever order the recipe lists them."""
+    first = train(digits, [*named(use("balanced_sampling")), ("halves", Halves())], epochs=1)
+    second = train(digits, [("halves", Halves()), *named(use("balanced_sampling"))], epochs=1)
+    assert same(first.model.state_dict(), second.model.state_dict())
+
+
 def test_schedules() -> None:
     one = OneCycle(warm_up=0.25, start=0.1, final=0.0)
     assert [one.factor(share, 0) for share in (0, 0.25, 0.625, 1)] == pytest.approx([0.1, 1.0, 0.5, 0.0])
@@ -403,14 +545,11 @@ def test_every_optimizer_with_every_schedule(optimizer: str, schedule: str, digi
     assert found.epochs[1].loss < found.epochs[0].loss
 
 
-def test_channels_last_where_the_model_takes_it() -> None:
-    assert (
-        to_channels_last(network(), (1, 8, 8), CPU)
-        .inner.groups[0]
-        .conv2.weight.is_contiguous(  # type: ignore[union-attr,index]
-            memory_format=torch.channels_last
-        )
-    )
+def test_channels_last_where_the_model_takes_it(digits: Dataset) -> None:
+    taken, layout = to_channels_last(network(), (1, 8, 8), CPU)
+    weight = taken.inner.groups[0].conv2.weight  # type: ignore[union-attr,index]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert layout == torch.channels_last
 
     class Viewing(nn.Module):
         def __init__(self) -> None:
@@ -422,8 +561,15 @@ def test_channels_last_where_the_model_takes_it() -> None:
             logits: Tensor = self.head(maps.view(len(maps), -1))
             return logits
 
-    model = to_channels_last(Viewing(), (3, 8, 8), CPU)
+    model, layout = to_channels_last(Viewing(), (3, 8, 8), CPU)
     assert model.conv.weight.is_contiguous()  # type: ignore[operator,union-attr]
+    assert layout == torch.contiguous_format
+    splits = (digits.train, digits.validation, digits.test)
+    colored = Dataset(
+        *(split_of(one.images.repeat(1, 3, 1, 1), one.labels) for one in splits),
+        digits.classes, digits.fingerprint, digits.mean * 3, digits.std * 3,
+    )  # fmt: skip
+    assert len(train(colored, named(use("n_fgsm")), model=Viewing(), epochs=1).epochs) == 1
 
 
 def test_bf16(digits: Dataset) -> None:

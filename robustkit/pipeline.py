@@ -142,15 +142,14 @@ def _run(
     todo = pending(plan, store)
     events("run", {"name": recipe.name, "steps": len(plan.steps), "todo": len(todo)})
     failures = _execute(plan, todo, store, events) if todo else ()
-    failed = {failure.step.key for failure in failures}
     ran_on = provenance.collect(command)
     write_json(store.folder / "provenance.json", ran_on)
-    results = assemble(plan, store, ran_on)
+    results = assemble(plan, store, ran_on, {failure.step.key: failure.message for failure in failures})
     if not results.variants:
         raise RobustkitError("no variant could be evaluated:\n" + "\n".join(f.message for f in failures))
     write_results_atomic(results, store)
     report = _write_report(store.folder)
-    events("finished", {"report": str(report), "failed": len(failed)})
+    events("finished", {"report": str(report), "failed": len(failures)})
     return RunOutcome(store.folder, results, report, failures)
 
 
@@ -186,6 +185,9 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
     for number, step in enumerate(todo, 1):
         if step.kind != "latency" and bench.failed & set(step.parents):
             bench.failed.add(step.key)
+            if step.kind == "fit":
+                parent = plan.recipe.variant(step.variant).parent
+                failures.append(Failure(step, f"not made, because {parent} failed"))
             continue
         events.context = {"variant": step.variant, "seed": step.seed, "kind": step.kind, "key": step.key}
         events("start", {"number": number, "todo": len(todo), "description": step.description})

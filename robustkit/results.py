@@ -150,6 +150,15 @@ class GateResult(Record):
         return self.verdict == "holds" or (not self.confident and self.verdict == "holds (within noise)")
 
 
+class StepFailure(Record):
+    """A step that failed: of which variant (none for the latency of all) and seed, what it did, and why."""
+
+    variant: str = ""
+    seed: int = 0
+    step: str
+    message: str
+
+
 class Results(Record):
     """A whole run."""
 
@@ -159,6 +168,7 @@ class Results(Record):
     classes: list[str] = Field(default_factory=list)
     variants: list[VariantResult]
     gates: list[GateResult] = Field(default_factory=list)
+    failures: list[StepFailure] = Field(default_factory=list)
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)

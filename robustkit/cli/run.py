@@ -59,7 +59,7 @@ def _run(
     from robustkit import pipeline
     from robustkit.cli.progress import Display
     from robustkit.recipe.spec import Recipe
-    from robustkit.report.terminal import print_summary
+    from robustkit.report.terminal import failure_lines, print_summary
     from robustkit.store import forget
 
     assert isinstance(parsed, Recipe)
@@ -73,8 +73,8 @@ def _run(
     else:
         print_summary(outcome.results, Console())
     click.echo(f"report: {outcome.report}", err=as_json)
-    for failure in outcome.failures:
-        click.echo(f"failed: {failure.step.variant} ({failure.step.kind}): {failure.message}", err=True)
+    for line in failure_lines(outcome.results):
+        click.echo(line, err=True)
     if outcome.failures:
         return int(ExitCode.STEP_FAILED)
     return int(ExitCode.OK if all(gate.holds for gate in outcome.results.gates) else ExitCode.GATE_FAILED)

@@ -14,6 +14,7 @@ from robustkit.report.tables import (
     attack_labels,
     count_text,
     display_name,
+    failed_name,
     gate_text,
     latency_text,
     multiple_seeds,
@@ -56,6 +57,7 @@ def context(
         "captions": CAPTIONS,
         "pictures": pictures,
         "recipe": recipe,
+        "failures": [(failed_name(one, results), one.message) for one in results.failures],
         "flags": [(row, flag) for row in rows for flag in row.flags],
         "notes": [(row, note) for row in rows for note in row.notes],
         "sparse": [row for row in rows if row.sparsity > 0.001],
@@ -123,6 +125,9 @@ def to_markdown(values: Mapping[str, Any]) -> str:
     if results.gates:
         cells = [[gate.text, gate.verdict, gate_text(gate)] for gate in results.gates]
         parts += ["## Gates", "", plain_rows(["gate", "verdict", "measured"], cells), ""]
+    if values["failures"]:
+        cells = [[name, message] for name, message in values["failures"]]
+        parts += ["## Failed steps", "", plain_rows(["step", "why"], cells), ""]
     parts += ["## Variants", "", _summary(values), ""]
     if values["spreads"]:
         cells = [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from robustkit import stats
-from robustkit.results import GateResult, Latency, Paired, Rate, Results, VariantResult
+from robustkit.results import GateResult, Latency, Paired, Rate, Results, StepFailure, VariantResult
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -78,6 +78,13 @@ def multiple_seeds(results: Results) -> bool:
 def display_name(row: VariantResult, results: Results) -> str:
     """Return the variant's name, with its seed where there are several."""
     return f"{row.name} (seed {row.seed})" if multiple_seeds(results) else row.name
+
+
+def failed_name(failure: StepFailure, results: Results) -> str:
+    """Return which step failed: `robust (attack pgd)`, with its seed where there are several."""
+    seeds = {row.seed for row in results.variants} | {one.seed for one in results.failures}
+    seed = f", seed {failure.seed}" if len(seeds) > 1 else ""
+    return f"{failure.variant or 'all variants'} ({failure.step}{seed})"
 
 
 def tree_order(results: Results) -> list[VariantResult]:

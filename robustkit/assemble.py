@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from robustkit import stats
 from robustkit.evaluation.compare import budget_flags, compare_flags, subset_flags
-from robustkit.missing import attack_flags, failed_gate, failures_of, undecided
+from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
 from robustkit.report.pareto import mark_pareto
@@ -62,7 +62,7 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
             if found is not None:
                 evaluated[variant.label, seed] = found
                 classes = classes or list(found.records["measure"].get("classes", []))
-    latency = _latency(plan, store)
+    latency = _latency(plan, store, failed)
     rows = [_row(plan, store, one, evaluated, latency, classes, failed) for one in evaluated.values()]
     results = Results(
         name=recipe.name,
@@ -125,10 +125,10 @@ def _arrays(store: Store, step: Step) -> dict[str, NDArray[Any]]:
     return store.read_arrays(step.key, OUTCOME)
 
 
-def _latency(plan: Plan, store: Store) -> dict[str, dict[str, Any]]:
+def _latency(plan: Plan, store: Store, failed: Container[str]) -> dict[str, dict[str, Any]]:
     for step in plan.steps:
         if step.kind == "latency":
-            record = store.record(step.key) or {}
+            record = store.record(latency_key(step, failed)) or {}
             found: dict[str, dict[str, Any]] = record.get("latency", {})
             return found
     return {}

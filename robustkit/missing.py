@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 
 from robustkit.recipe.gates import Gate
-from robustkit.recipe.plan import Plan, Step
+from robustkit.recipe.plan import Plan, Step, content_key
 from robustkit.results import Flag, GateResult, Results, StepFailure
 
 ATTACK_FAILED = "attack-failed"
@@ -37,6 +37,12 @@ def attack_flags(plan: Plan, variant: str, seed: int, present: Container[str], f
             )
             found.append(Flag(id=ATTACK_FAILED, severity="wrong", message=message))
     return found
+
+
+def latency_key(step: Step, failed: Container[str]) -> str:
+    """Return the key that a latency step's measurement has: its own, unless models that it compares are missing."""
+    there = sorted({key for key in step.parents if key not in failed})
+    return step.key if len(there) == len(set(step.parents)) else content_key(kind="latency", of=step.key, models=there)
 
 
 def undecided(gate: Gate, results: Results) -> bool:

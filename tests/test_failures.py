@@ -121,6 +121,25 @@ def test_a_variant_that_fails_is_in_the_report_with_those_made_from_it(tmp_path:
     assert not found.failures
 
 
+def test_latency_is_measured_again_when_a_variant_that_failed_is_there(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    (tmp_path / "breaks.py").write_text(BREAKS.format(mark=str(mark)))
+    text = SMALL.replace("  a:\n", "  a:\n  late: {defenses: ['breaks.py:Breaks']}\n")
+    text = text.replace("latency: false", "latency: true").replace(", 'picky.py:Picky': {as: picky}", "")
+
+    def latencies() -> dict[str, dict[str, float]]:
+        return {row.name: row.latency_ms for row in run(tmp_path, text).results.variants}
+
+    first = latencies()
+    assert set(first) == {"a", "b"}
+    assert all(set(found) == {"batch_1", "batch_256"} for found in first.values())
+    assert latencies() == first
+    mark.unlink()
+    assert all(set(found) == {"batch_1", "batch_256"} for found in latencies().values())
+    assert set(latencies()) == {"a", "late", "b"}
+
+
 def test_a_gate_fails_where_a_seed_is_missing(tmp_path: Path) -> None:
     from robustkit.missing import undecided
     from robustkit.recipe.gates import parse_gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -142,7 +143,8 @@ def _run(
     todo = pending(plan, store)
     events("run", {"name": recipe.name, "steps": len(plan.steps), "todo": len(todo)})
     failures = _execute(plan, todo, store, events) if todo else ()
-    ran_on = provenance.collect(command)
+    # A run that found everything done keeps what the work was done on.
+    ran_on = (None if todo else _earlier(store)) or provenance.collect(command)
     write_json(store.folder / "provenance.json", ran_on)
     results = assemble(plan, store, ran_on, {failure.step.key: failure.message for failure in failures})
     if not results.variants:
@@ -151,6 +153,15 @@ def _run(
     report = _write_report(store.folder)
     events("finished", {"report": str(report), "failed": len(failures)})
     return RunOutcome(store.folder, results, report, failures)
+
+
+def _earlier(store: Store) -> dict[str, Any] | None:
+    """Return the provenance that the folder holds, or None where there is none to read."""
+    try:
+        found = json.loads((store.folder / "provenance.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _write_report(folder: Path) -> Path:

@@ -140,6 +140,18 @@ def test_latency_is_measured_again_when_a_variant_that_failed_is_there(tmp_path:
     assert set(latencies()) == {"a", "late", "b"}
 
 
+def test_a_run_that_finds_all_done_keeps_the_provenance(tmp_path: Path) -> None:
+    first = run(tmp_path).results.provenance
+    assert first["torch"]["threads"] > 0
+    path = tmp_path / "run" / "provenance.json"
+    path.write_text(path.read_text().replace('"time": "2', '"time": "1'))
+    again = run(tmp_path).results.provenance
+    assert again["time"].startswith("1")
+    assert again["torch"] == first["torch"]
+    path.write_text("[")
+    assert run(tmp_path).results.provenance["robustkit"] == first["robustkit"]
+
+
 def test_a_gate_fails_where_a_seed_is_missing(tmp_path: Path) -> None:
     from robustkit.missing import undecided
     from robustkit.recipe.gates import parse_gate

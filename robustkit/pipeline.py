@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,9 +111,10 @@ def run(
     trust_plugins: bool = False,
     on_event: OnEvent | None = None,
     recipe_text: str | None = None,
+    overrides: Sequence[str] = (),
     command: list[str] | None = None,
 ) -> RunOutcome:
-    """Run a recipe into a folder and return what was found.
+    """Run a recipe into a folder and return what was found; `recipe_text` and `overrides` are what it was read from.
 
     Steps that are in the folder already are not run again. A variant that fails takes its descendants with it; the
     others go on, and the report covers what is there.
@@ -128,13 +129,18 @@ def run(
         log = EventLog(folder / "events.jsonl")
         try:
             events = Events(log, on_event)
-            return _run(recipe, store, events, recipe_text, command)
+            return _run(recipe, store, events, recipe_text, overrides, command)
         finally:
             log.close()
 
 
 def _run(
-    recipe: Recipe, store: Store, events: Events, recipe_text: str | None, command: list[str] | None
+    recipe: Recipe,
+    store: Store,
+    events: Events,
+    recipe_text: str | None,
+    overrides: Sequence[str],
+    command: list[str] | None,
 ) -> RunOutcome:
     plan = plan_of(recipe)
     if recipe_text is not None:
@@ -145,6 +151,8 @@ def _run(
     failures = _execute(plan, todo, store, events) if todo else ()
     # A run that found everything done keeps what the work was done on.
     ran_on = (None if todo else _earlier(store)) or provenance.collect(command)
+    # They belong to recipe.yaml, which is this run's in any case.
+    ran_on["overrides"] = list(overrides)
     write_json(store.folder / "provenance.json", ran_on)
     results = assemble(plan, store, ran_on, {failure.step.key: failure.message for failure in failures})
     if not results.variants:

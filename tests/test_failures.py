@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import xml.etree.ElementTree as tree
 from pathlib import Path
 
 import pytest
 
+import robustkit
 from robustkit import pipeline
 from robustkit.cli.group import run as cli
 from robustkit.pipeline import RunOutcome
@@ -150,6 +152,26 @@ def test_a_run_that_finds_all_done_keeps_the_provenance(tmp_path: Path) -> None:
     assert again["torch"] == first["torch"]
     path.write_text("[")
     assert run(tmp_path).results.provenance["robustkit"] == first["robustkit"]
+
+
+def test_the_report_names_the_overrides_of_its_recipe(tmp_path: Path) -> None:
+    """Also after a run that found everything done: recipe.yaml is the last run's."""
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.replace(", 'picky.py:Picky': {as: picky}", ""))
+    arguments = ["run", str(path), "--runs", str(tmp_path), "--quiet", "evaluate.attacks=[noise, fgsm]"]
+    assert cli([*arguments, "gates=[clean(a) >= 0%]"]) == 0
+    folder = tmp_path / "small"
+    overrides = ["evaluate.attacks=[noise, fgsm]", "gates=[clean(a) >= 0%]"]
+    assert json.loads((folder / "provenance.json").read_text())["overrides"] == overrides
+    again = "robustkit run recipe.yaml 'evaluate.attacks=[noise, fgsm]'"
+    assert (
+        html.escape(f"{again} 'gates=[clean(a) >= 0%]'", quote=True).replace("&#x27;", "&#39;")
+        in (folder / "report.html").read_text()
+    )
+    assert cli(arguments) == 0
+    assert f"    {again}\n" in (folder / "report.md").read_text()
+    found = robustkit.run(path, overrides=overrides, runs=tmp_path)
+    assert found.provenance["overrides"] == overrides
 
 
 def test_a_gate_fails_where_a_seed_is_missing(tmp_path: Path) -> None:

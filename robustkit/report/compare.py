@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from robustkit import stats
 from robustkit.errors import UsageError
+from robustkit.report.gallery import BROKEN
 from robustkit.results import Paired, Results, VariantResult, read_results
 
 
@@ -62,5 +61,5 @@ def _worst(run: Path, row: VariantResult) -> NDArray[np.bool_] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays["correct/worst"], dtype=bool)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise UsageError(f"{path}: broken arrays: {error}") from error

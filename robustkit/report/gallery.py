@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ SCALE = 10
 MAX_IMAGES = 8
 MAX_ROWS = 16
 SIDE = 64
+BROKEN = (OSError, ValueError, LookupError, TypeError, ArithmeticError, SystemError, EOFError, BadZipFile, zlib.error)
+"""What NumPy and Pillow raise on files and arrays that are not what they should be."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _pictures(path: Path, results: Results) -> list[Picture]:
         with np.load(path, allow_pickle=False) as arrays:
             data = {name: arrays[name] for name in arrays.files}
         return [_picture(data, number, results) for number in range(min(MAX_IMAGES, len(data["label"])))]
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise UsageError(f"{path}: broken gallery: {error}") from error
 
 

@@ -88,20 +88,23 @@ def failed_name(failure: StepFailure, results: Results) -> str:
 
 
 def tree_order(results: Results) -> list[VariantResult]:
-    """Return the rows with each child after its parent, seed after seed."""
-    ordered: list[VariantResult] = []
-
-    def add(row: VariantResult) -> None:
-        ordered.append(row)
-        for child in results.variants:
-            if child.parent == row.name and child.seed == row.seed:
-                add(child)
-
+    """Return the rows with each child after its parent, seed after seed; rows that start from each other come last."""
     present = {(row.name, row.seed) for row in results.variants}
-    for row in results.variants:
-        if row.parent is None or (row.parent, row.seed) not in present:
-            add(row)
-    return ordered
+    children: dict[tuple[str, int], list[int]] = {}
+    roots = []
+    for number, row in enumerate(results.variants):
+        if row.parent is not None and (row.parent, row.seed) in present:
+            children.setdefault((row.parent, row.seed), []).append(number)
+        else:
+            roots.append(number)
+    ordered: dict[int, VariantResult] = {}
+    waiting = [*reversed(range(len(results.variants))), *reversed(roots)]
+    while waiting:
+        number = waiting.pop()
+        if number not in ordered:
+            row = ordered[number] = results.variants[number]
+            waiting += reversed(children.get((row.name, row.seed), []))
+    return list(ordered.values())
 
 
 @dataclass(frozen=True)

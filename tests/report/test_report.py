@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import xml.etree.ElementTree as tree
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from robustkit import stats
+from robustkit.cli.group import run as cli
 from robustkit.errors import UsageError
 from robustkit.report.pareto import mark_pareto
+from robustkit.report.tables import tree_order
 from robustkit.report.verdict import verdict
 from robustkit.report.write import write_report
 from robustkit.results import (
@@ -202,7 +206,7 @@ def spoil(change: Callable[[dict[str, object]], object]) -> Callable[[Path], Non
         (lambda path: path.write_bytes(b""), "results.json"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "results.json"),
         (lambda path: path.write_text('{"schema": 1'), "results.json"),
-        (lambda path: path.write_text("[1, 2]"), "not a results.json"),
+        (lambda path: path.write_text("[1, 2]"), "not a results.json that"),
         (lambda path: path.unlink(), "holds no results.json"),
         (spoil(lambda found: found["variants"][0].pop("clean")), "clean"),  # type: ignore[index]
         (spoil(lambda found: found["variants"][1].update(gallery="../../secret.npz")), "outside"),  # type: ignore[index]
@@ -212,6 +216,93 @@ def spoil(change: Callable[[dict[str, object]], object]) -> Callable[[Path], Non
 def test_broken_results_are_named(damage: Callable[[Path], None], message: str, run: Path) -> None:
     damage(run / "results.json")
     with pytest.raises(UsageError, match=re.escape(message)):
+        write_report(run)
+
+
+def change(path: tuple[str | int, ...], value: object) -> Callable[[dict[str, object]], object]:
+    def do(found: dict[str, object]) -> None:
+        place: Any = found
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return do
+
+
+ROW = ("variants", 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema",), 99, "schema: schema 99 is of a later robustkit, this one reads 1; update robustkit"),
+        (("threat", "eps"), "abc", "threat: a threat has a norm"),
+        (("threat",), {"norm": "linf"}, "threat: a threat has a norm"),
+        (("threat", "norm"), "$\\foo$", "threat: a threat has a norm"),
+        ((*ROW, "worst", "value"), math.nan, "variants.1.worst.value: Input should be a finite number"),
+        ((*ROW, "clean", "high"), math.inf, "variants.1.clean.high"),
+        ((*ROW, "clean", "low"), 0.99, "an accuracy lies outside of its own interval"),
+        ((*ROW, "latency", "batch_1", "median"), math.nan, "latency.batch_1.median"),
+        ((*ROW, "latency_ms", "batch_1"), math.inf, "latency_ms.batch_1"),
+        ((*ROW, "curves", 0, "rates"), [], "a curve has 2 eps and 0 rates"),
+        ((*ROW, "per_class", "worst", "cat"), math.nan, "per_class.worst.cat"),
+        ((*ROW, "gzip_bytes"), 10**400, "gzip_bytes: Input should be less than or equal to"),
+        ((*ROW, "depth"), 10**9, "depth"),
+        ((*ROW, "attacks", "\x1b[31m"), 3, "variants.1.attacks.[31m"),
+    ],
+)
+def test_figures_that_cannot_be_are_named(
+    path: tuple[str | int, ...], value: object, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(change(path, value))(run / "results.json")
+    for arguments in (["report", str(run)], ["compare", str(run), str(run)]):
+        assert cli(arguments) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "\x1b" not in shown
+
+
+def test_rows_that_start_from_each_other_are_shown(run: Path) -> None:
+    spoil(change((*ROW, "parent"), "robust"))(run / "results.json")
+    spoil(change(("variants", 0, "parent"), "pruned"))(run / "results.json")
+    found = read_results(run / "results.json")
+    assert {row.name for row in tree_order(found)} == {"baseline", "robust", "pruned"}
+    assert len(tree_order(found)) == 3
+    chain = [variant(str(n), 90, 50, parent=str(n - 1) if n else None) for n in reversed(range(3000))]
+    assert [row.name for row in tree_order(Results(variants=chain))] == [str(n) for n in range(3000)]
+
+
+def test_names_are_neither_markup_nor_terminal_sequences(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(change((*ROW, "name"), "[/x]\x1b[31m\x9b\u202e"))(run / "results.json")
+    spoil(change(("failures",), [{"step": "fit", "message": "\x1b]0;title\x07oh"}]))(run / "results.json")
+    assert cli(["report", str(run)]) == 0
+    shown = capsys.readouterr()
+    assert "failed: all variants (fit): ]0;titleoh" in shown.err
+    assert cli(["compare", str(run), str(run)]) == 0
+    text = shown.out + shown.err + capsys.readouterr().out
+    assert text.count("[/x][31m") >= 3
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(text)
+
+
+def test_classes_without_a_figure_are_left_out(run: Path) -> None:
+    many = {f"class {n}": 0.5 for n in range(45)}
+    spoil(change(("variants", 0, "per_class", "worst"), many))(run / "results.json")
+    write_report(run)
+    assert (run / "figures" / "classes.svg").stat().st_size > 0
+
+
+def test_a_loss_that_was_not_finite_is_written_and_read(tmp_path: Path) -> None:
+    epochs = [EpochRow(epoch=0, loss=math.nan, train_accuracy=0.1, clean=0.1)]
+    write_results(Results(variants=[variant("a", 90, 50, epochs=epochs)]), tmp_path / "results.json")
+    write_report(tmp_path)
+    assert math.isnan(read_results(tmp_path / "results.json").variants[0].epochs[0].loss)
+
+
+@pytest.mark.parametrize("array", [np.zeros(3), np.array(["a", "b"]), np.array(5), np.full(2, np.inf)])
+def test_a_gallery_of_other_arrays_is_broken(array: np.ndarray[Any, Any], run: Path) -> None:
+    names = ("clean", "adversarial", "label", "confidence_clean", "confidence_adversarial", "norm")
+    write_npz(run / "gallery.npz", dict.fromkeys((*names, "prediction_clean", "prediction_adversarial"), array))
+    with pytest.raises(UsageError, match="broken gallery"):
         write_report(run)
 
 

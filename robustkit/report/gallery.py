@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit.errors import UsageError
+from robustkit.report.inside import inside
 from robustkit.results import Results, VariantResult
 
 SCALE = 10
@@ -48,15 +49,8 @@ def galleries(run: Path, results: Results) -> list[tuple[VariantResult, list[Pic
     first = results.variants[0].seed if results.variants else 0
     for row in results.variants:
         if row.gallery and row.seed == first and len(found) < MAX_ROWS:
-            found.append((row, _pictures(_inside(run, row.gallery), results)))
+            found.append((row, _pictures(inside(run, row.gallery), results)))
     return found
-
-
-def _inside(run: Path, name: str) -> Path:
-    path = (run / name).resolve()
-    if not path.is_relative_to(run.resolve()):
-        raise UsageError(f"{run / 'results.json'}: names a file outside of the run: {name}")
-    return path
 
 
 def _pictures(path: Path, results: Results) -> list[Picture]:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as tree
@@ -21,6 +22,7 @@ import pytest
 from robustkit import stats
 from robustkit.cli.group import run as cli
 from robustkit.errors import UsageError
+from robustkit.report.compare import compare
 from robustkit.report.pareto import mark_pareto
 from robustkit.report.tables import tree_order
 from robustkit.report.verdict import verdict
@@ -217,6 +219,49 @@ def test_broken_results_are_named(damage: Callable[[Path], None], message: str, 
     damage(run / "results.json")
     with pytest.raises(UsageError, match=re.escape(message)):
         write_report(run)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "results.json", "figures", "figures/size.svg", "gallery.npz"])
+def test_links_out_of_the_folder_are_not_followed(
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / "elsewhere"
+    if name == "figures":
+        secret.mkdir()
+    elif (run / name).is_file():
+        (run / name).rename(secret)
+    else:
+        secret.write_text("precious")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(secret)
+    before = secret.read_bytes() if secret.is_file() else None
+    assert cli(["report", str(run)]) == 2
+    assert f"{run}: {name}" in (shown := capsys.readouterr().err)
+    assert "leads outside of the run's folder" in shown
+    assert not (secret.is_dir() and list(secret.iterdir()))
+    assert before is None or secret.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../elsewhere.npz", "loop"])
+def test_compare_opens_no_array_outside(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "loop").symlink_to("loop")
+    write_npz(run.parent / "elsewhere.npz", {"correct/worst": np.ones(100, dtype=bool)})
+    other = run.with_name("other")
+    shutil.copytree(run, other, symlinks=True)
+    spoil(change((*ROW, "arrays"), name))(run / "results.json")
+    spoil(change((*ROW, "arrays"), name))(other / "results.json")
+    assert cli(["compare", str(run), str(other)]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_compare_pairs_where_the_attacks_are_the_same(run: Path) -> None:
+    write_npz(run / "worst.npz", {"correct/worst": np.arange(100) < 60})
+    other = run.with_name("other")
+    spoil(change((*ROW, "arrays"), "worst.npz"))(run / "results.json")
+    shutil.copytree(run, other)
+    assert [one.difference is not None for one in compare([run, other])] == [False] * 4 + [True, False]
+    spoil(lambda found: found["variants"][1]["attacks"].pop("pgd"))(other / "results.json")  # type: ignore[index]
+    assert not any(one.difference for one in compare([run, other]))
 
 
 def change(path: tuple[str | int, ...], value: object) -> Callable[[dict[str, object]], object]:

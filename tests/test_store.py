@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         write_atomic(path, b"new")
     assert json.loads(path.read_text()) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_write_follows_no_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("file.json", f".file.json.{os.getpid()}.tmp"):
+        (folder / name).symlink_to(outside)
+    write_json(folder / "file.json", 1)
+    assert outside.read_text() == "precious"
+    assert not (folder / "file.json").is_symlink()
 
 
 @pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/run", "/proc/nope"])

@@ -132,6 +132,10 @@ class EpochRow(Record):
     test_loss: Loss | None = None
     """With `train.monitor_test`: loss and accuracy on the test split, which nothing is chosen by."""
     test_accuracy: Share | None = None
+    single_step: Share | None = None
+    """Accuracy on the validation split under one step, beside `robust` under many: a gap is a collapse."""
+    lr: float | None = None
+    """Learning rate of the first parameter group at the epoch's end."""
     seconds: Amount = 0.0
 
 

@@ -35,6 +35,7 @@ from robustkit.results import (
     Latency,
     LayerSparsity,
     Results,
+    StepFailure,
     VariantResult,
     read_results,
     write_results,
@@ -409,6 +410,6 @@ def test_the_pareto_front() -> None:
 def test_the_schema_document_names_every_key(run: Path) -> None:
     """docs/results-schema.md is what other programs read by."""
     text = (Path(__file__).parents[2] / "docs" / "results-schema.md").read_text()
-    for record in (Results, VariantResult, GateResult, Flag, EpochRow):
+    for record in (Results, VariantResult, GateResult, StepFailure, Flag, EpochRow):
         for name, field in record.model_fields.items():
             assert f"`{field.alias or name}`" in text, (record.__name__, name)

@@ -39,7 +39,7 @@ def run(
         parsed = load_recipe(Path(recipe), overrides)
         text = Path(recipe).read_text(encoding="utf-8")
     folder = Path(runs) / (name or parsed.name)
-    outcome = pipeline.run(parsed, folder, trust_plugins=True, on_event=on_event, recipe_text=text)
+    outcome = pipeline.run(parsed, folder, trust_plugins=True, on_event=on_event, recipe_text=text, overrides=overrides)
     if outcome.failures:
         lines = [f"{failure.step.variant} ({failure.step.kind}): {failure.message}" for failure in outcome.failures]
         raise RobustkitError("\n".join(lines))

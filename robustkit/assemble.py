@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from robustkit import stats
 from robustkit.evaluation.compare import budget_flags, compare_flags, subset_flags
+from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
 from robustkit.report.pareto import mark_pareto
@@ -47,8 +48,11 @@ def rate_of(correct: Bools) -> Rate:
     return stats.clopper_pearson(int(correct.sum()), int(correct.size))
 
 
-def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any]) -> Results:
-    """Return the results of every variant whose clean accuracy is in the store, with gates judged."""
+def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Mapping[str, str]) -> Results:
+    """Return the results of every variant whose clean accuracy is in the store, with gates judged.
+
+    `failed`: what the steps that failed said, by their keys.
+    """
     recipe = plan.recipe
     evaluated: dict[Identity, Evaluated] = {}
     classes: list[str] = []
@@ -58,13 +62,14 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any]) -> Results
             if found is not None:
                 evaluated[variant.label, seed] = found
                 classes = classes or list(found.records["measure"].get("classes", []))
-    latency = _latency(plan, store)
-    rows = [_row(plan, store, one, evaluated, latency, classes) for one in evaluated.values()]
+    latency = _latency(plan, store, failed)
+    rows = [_row(plan, store, one, evaluated, latency, classes, failed) for one in evaluated.values()]
     results = Results(
         name=recipe.name,
         threat={"norm": recipe.threat.norm, "eps": recipe.threat.eps},
         classes=classes,
         variants=rows,
+        failures=failures_of(plan, failed),
         provenance={**provenance, "data": {"name": recipe.data.name, "fingerprint": plan.data_fingerprint}},
     )
     results = mark_pareto(results)
@@ -74,7 +79,9 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any]) -> Results
 
 def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Results:
     """Return results with every gate judged, and a doubt where the examples are too few to tell."""
-    judged = [evaluate_gate(gate, results, correct) for gate in gates]
+    judged = [
+        failed_gate(gate) if undecided(gate, results) else evaluate_gate(gate, results, correct) for gate in gates
+    ]
     doubts: dict[str, list[Flag]] = {}
     for gate, verdict in zip(gates, judged, strict=True):
         for _, variant in gate.references():
@@ -118,10 +125,10 @@ def _arrays(store: Store, step: Step) -> dict[str, NDArray[Any]]:
     return store.read_arrays(step.key, OUTCOME)
 
 
-def _latency(plan: Plan, store: Store) -> dict[str, dict[str, Any]]:
+def _latency(plan: Plan, store: Store, failed: Container[str]) -> dict[str, dict[str, Any]]:
     for step in plan.steps:
         if step.kind == "latency":
-            record = store.record(step.key) or {}
+            record = store.record(latency_key(step, failed)) or {}
             found: dict[str, dict[str, Any]] = record.get("latency", {})
             return found
     return {}
@@ -134,6 +141,7 @@ def _row(
     evaluated: Mapping[Identity, Evaluated],
     latency: Mapping[str, dict[str, Any]],
     classes: list[str],
+    failed: Mapping[str, str],
 ) -> VariantResult:
     variant = plan.recipe.variant(one.variant)
     fit, measure = one.records["fit"], one.records["measure"]
@@ -164,7 +172,7 @@ def _row(
         latency=measured,
         epochs=fit.get("epochs", []),
         best_epoch=fit.get("best_epoch"),
-        flags=_flags(plan, one),
+        flags=[*attack_flags(plan, one.variant, one.seed, one.attacks, failed), *_flags(plan, one)],
         notes=[*fit.get("notes", []), *measure.get("notes", [])],
         forwards=_total(one, "forwards"),
         backwards=_total(one, "backwards"),
@@ -189,7 +197,9 @@ def _total(one: Evaluated, name: str) -> int:
 
 
 def _paired(parent: Evaluated | None, child: Evaluated) -> Paired | None:
-    return stats.paired(parent.correct["worst"], child.correct["worst"]) if parent else None
+    if parent is None or set(parent.attacks) != set(child.attacks):
+        return None
+    return stats.paired(parent.correct["worst"], child.correct["worst"])
 
 
 def _per_class(one: Evaluated, classes: list[str]) -> dict[str, dict[str, float]]:

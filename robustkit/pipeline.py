@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,10 @@ def run(
     trust_plugins: bool = False,
     on_event: OnEvent | None = None,
     recipe_text: str | None = None,
+    overrides: Sequence[str] = (),
     command: list[str] | None = None,
 ) -> RunOutcome:
-    """Run a recipe into a folder and return what was found.
+    """Run a recipe into a folder and return what was found; `recipe_text` and `overrides` are what it was read from.
 
     Steps that are in the folder already are not run again. A variant that fails takes its descendants with it; the
     others go on, and the report covers what is there.
@@ -127,13 +129,18 @@ def run(
         log = EventLog(folder / "events.jsonl")
         try:
             events = Events(log, on_event)
-            return _run(recipe, store, events, recipe_text, command)
+            return _run(recipe, store, events, recipe_text, overrides, command)
         finally:
             log.close()
 
 
 def _run(
-    recipe: Recipe, store: Store, events: Events, recipe_text: str | None, command: list[str] | None
+    recipe: Recipe,
+    store: Store,
+    events: Events,
+    recipe_text: str | None,
+    overrides: Sequence[str],
+    command: list[str] | None,
 ) -> RunOutcome:
     plan = plan_of(recipe)
     if recipe_text is not None:
@@ -142,16 +149,27 @@ def _run(
     todo = pending(plan, store)
     events("run", {"name": recipe.name, "steps": len(plan.steps), "todo": len(todo)})
     failures = _execute(plan, todo, store, events) if todo else ()
-    failed = {failure.step.key for failure in failures}
-    ran_on = provenance.collect(command)
+    # A run that found everything done keeps what the work was done on.
+    ran_on = (None if todo else _earlier(store)) or provenance.collect(command)
+    # They belong to recipe.yaml, which is this run's in any case.
+    ran_on["overrides"] = list(overrides)
     write_json(store.folder / "provenance.json", ran_on)
-    results = assemble(plan, store, ran_on)
+    results = assemble(plan, store, ran_on, {failure.step.key: failure.message for failure in failures})
     if not results.variants:
         raise RobustkitError("no variant could be evaluated:\n" + "\n".join(f.message for f in failures))
     write_results_atomic(results, store)
     report = _write_report(store.folder)
-    events("finished", {"report": str(report), "failed": len(failed)})
+    events("finished", {"report": str(report), "failed": len(failures)})
     return RunOutcome(store.folder, results, report, failures)
+
+
+def _earlier(store: Store) -> dict[str, Any] | None:
+    """Return the provenance that the folder holds, or None where there is none to read."""
+    try:
+        found = json.loads((store.folder / "provenance.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _write_report(folder: Path) -> Path:
@@ -186,6 +204,9 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
     for number, step in enumerate(todo, 1):
         if step.kind != "latency" and bench.failed & set(step.parents):
             bench.failed.add(step.key)
+            if step.kind == "fit":
+                parent = plan.recipe.variant(step.variant).parent
+                failures.append(Failure(step, f"not made, because {parent} failed"))
             continue
         events.context = {"variant": step.variant, "seed": step.seed, "kind": step.kind, "key": step.key}
         events("start", {"number": number, "todo": len(todo), "description": step.description})

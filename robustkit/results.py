@@ -2,132 +2,183 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 SCHEMA = 1
 Severity = Literal["wrong", "doubt", "note"]
+NORMS = ("linf", "l2", "l1")
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def printable(value: object, keep: str = "\t\n") -> object:
+    """Return a text without what would steer a terminal or turn the direction of writing; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return "".join(
+        letter
+        for letter in value
+        if letter in keep or (unicodedata.category(letter) not in ("Cc", "Cs") and letter not in BIDI)
+    )
+
+
+def _name(value: object) -> object:
+    return printable(value, keep="")
+
+
+def _number(value: object) -> object:
+    # JSON has no NaN: what was not finite is written as null.
+    return math.nan if value is None else value
+
+
+LARGEST = 2**63 - 1
+Name = Annotated[str, BeforeValidator(_name)]
+Text = Annotated[str, BeforeValidator(printable)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Amount = Annotated[float, Field(ge=0, le=1e15)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Difference = Annotated[float, Field(ge=-1, le=1)]
+Loss = Annotated[float, Field(allow_inf_nan=True)]
+Measured = Annotated[Loss, BeforeValidator(_number)]
 
 
 class Record(BaseModel):
     """Base of the records: keys that a later version added are kept."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
 class Rate(Record):
     """An accuracy as a fraction of 1, with its 95 % Clopper-Pearson interval over n examples."""
 
-    value: float
-    low: float
-    high: float
-    n: int
+    value: Share
+    low: Share
+    high: Share
+    n: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            raise ValueError("an accuracy lies outside of its own interval")
+        return self
 
 
 class Flag(Record):
     """A doubt about a figure: `wrong` (must not be quoted), `doubt`, or `note`; the message says what to do next."""
 
-    id: str
+    id: Name
     severity: Severity
-    message: str
+    message: Text
 
 
 class Paired(Record):
     """Difference to the parent on the same examples, in fractions of 1, with the exact McNemar p-value."""
 
-    difference: float
-    low: float
-    high: float
-    p: float
-    lost: int
-    gained: int
+    difference: Difference
+    low: Difference
+    high: Difference
+    p: Share
+    lost: Count
+    gained: Count
 
 
 class Curve(Record):
     """A security curve: worst-case accuracy of one attack at growing eps."""
 
-    attack: str
-    norm: str
-    eps: list[float]
+    attack: Name
+    norm: Name
+    eps: list[Amount]
     rates: list[Rate]
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.eps) != len(self.rates):
+            raise ValueError(f"a curve has {len(self.eps)} eps and {len(self.rates)} rates")
+        return self
 
 
 class Latency(Record):
     """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
 
-    median: float
-    q1: float
-    q3: float
-    p95: float
-    runs: int
+    median: Amount
+    q1: Amount
+    q3: Amount
+    p95: Amount
+    runs: Count
 
 
 class LayerSparsity(Record):
     """Zeros of one weight tensor."""
 
-    name: str
-    size: int
-    zeros: int
+    name: Name
+    size: Count
+    zeros: Count
 
 
 class EpochRow(Record):
     """One epoch of training, as in epochs.jsonl. Accuracies are fractions of 1."""
 
-    epoch: int
-    loss: float
-    train_accuracy: float
-    validation_loss: float | None = None
+    epoch: Count
+    loss: Measured
+    train_accuracy: Share
+    validation_loss: Loss | None = None
     """Cross-entropy on the validation split; `clean` and `robust` are accuracies on it."""
-    clean: float
-    robust: float | None = None
-    test_loss: float | None = None
+    clean: Share
+    robust: Share | None = None
+    test_loss: Loss | None = None
     """With `train.monitor_test`: loss and accuracy on the test split, which nothing is chosen by."""
-    test_accuracy: float | None = None
-    seconds: float = 0.0
+    test_accuracy: Share | None = None
+    single_step: Share | None = None
+    """Accuracy on the validation split under one step, beside `robust` under many: a gap is a collapse."""
+    lr: float | None = None
+    """Learning rate of the first parameter group at the epoch's end."""
+    seconds: Amount = 0.0
 
 
 class VariantResult(Record):
     """One variant under one seed."""
 
-    name: str
-    seed: int
-    parent: str | None = None
-    depth: int = 0
-    method: str = ""
+    name: Name
+    seed: Count
+    parent: Name | None = None
+    depth: Annotated[int, Field(ge=0, le=1000)] = 0
+    method: Text = ""
     """What was done, in words: defenses and compression with their parameters."""
     clean: Rate
-    attacks: dict[str, Rate] = Field(default_factory=dict)
+    attacks: dict[Name, Rate] = Field(default_factory=dict)
     worst: Rate
     versus_parent: Paired | None = None
     """Worst-case accuracy against the parent's, paired."""
-    per_class: dict[str, dict[str, float]] = Field(default_factory=dict)
+    per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)
     """{"clean": {class: accuracy}, "worst": {class: accuracy}}"""
     curves: list[Curve] = Field(default_factory=list)
-    parameters: int
-    nonzero: int
-    bytes: int
-    gzip_bytes: int
-    macs: int
-    latency_ms: dict[str, float] = Field(default_factory=dict)
+    parameters: Count
+    nonzero: Count
+    bytes: Count
+    gzip_bytes: Count
+    macs: Count
+    latency_ms: dict[Name, Amount] = Field(default_factory=dict)
     """Medians: {"batch_1": ms, "batch_256": ms}"""
-    latency: dict[str, Latency] = Field(default_factory=dict)
-    sparsity: float = 0.0
+    latency: dict[Name, Latency] = Field(default_factory=dict)
+    sparsity: Share = 0.0
     layers: list[LayerSparsity] = Field(default_factory=list)
     epochs: list[EpochRow] = Field(default_factory=list)
-    best_epoch: int | None = None
+    best_epoch: Count | None = None
     flags: list[Flag] = Field(default_factory=list)
-    notes: list[str] = Field(default_factory=list)
-    forwards: int = 0
-    backwards: int = 0
-    seconds: float = 0.0
-    train_seconds: float = 0.0
+    notes: list[Text] = Field(default_factory=list)
+    forwards: Count = 0
+    backwards: Count = 0
+    seconds: Amount = 0.0
+    train_seconds: Amount = 0.0
     pareto: bool = False
-    arrays: str | None = None
+    arrays: Name | None = None
     """Path, relative to the run folder, of the npz with bool arrays `correct/<attack>`, `correct/clean`,
     `correct/worst`, one entry a test example."""
-    gallery: str | None = None
+    gallery: Name | None = None
     """Path, relative to the run folder, of the npz with clean (N, C, H, W) uint8, adversarial float32, label,
     prediction_clean, prediction_adversarial, confidence_clean, confidence_adversarial, norm."""
 
@@ -138,9 +189,9 @@ GateVerdict = Literal["holds", "holds (within noise)", "fails (within noise)", "
 class GateResult(Record):
     """One gate: what was asked, the two sides as measured, and the verdict."""
 
-    text: str
-    left: float
-    right: float
+    text: Text
+    left: Measured
+    right: Measured
     verdict: GateVerdict
     confident: bool = False
 
@@ -150,18 +201,44 @@ class GateResult(Record):
         return self.verdict == "holds" or (not self.confident and self.verdict == "holds (within noise)")
 
 
+class StepFailure(Record):
+    """A step that failed: of which variant (none for the latency of all) and seed, what it did, and why."""
+
+    variant: Name = ""
+    seed: Count = 0
+    step: Name
+    message: Text
+
+
 class Results(Record):
     """A whole run."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
-    name: str = ""
+    name: Name = ""
     threat: dict[str, Any] = Field(default_factory=dict)
-    classes: list[str] = Field(default_factory=list)
+    classes: list[Name] = Field(default_factory=list)
     variants: list[VariantResult]
     gates: list[GateResult] = Field(default_factory=list)
+    failures: list[StepFailure] = Field(default_factory=list)
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
+
+    @field_validator("schema_")
+    @classmethod
+    def _known(cls, value: int) -> int:
+        if value > SCHEMA:
+            raise ValueError(f"schema {value} is of a later robustkit, this one reads {SCHEMA}; update robustkit")
+        return value
+
+    @field_validator("threat")
+    @classmethod
+    def _whole(cls, value: dict[str, Any]) -> dict[str, Any]:
+        eps = value.get("eps")
+        known = isinstance(eps, int | float) and 0 <= eps <= 1e15 and value.get("norm") in NORMS
+        if value and not known:
+            raise ValueError(f"a threat has a norm ({', '.join(NORMS)}) and an eps, a number from 0")
+        return value
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -182,4 +259,5 @@ def read_results(path: Path) -> Results:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"{path}: not a results.json of robustkit: {where}: {first['msg']}") from error
+        message = _name(f"{where}: {first['msg'].removeprefix('Value error, ')}")
+        raise UsageError(f"{path}: not a results.json that robustkit can read: {message}") from error

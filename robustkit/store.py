@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,27 @@ STATE = "state.pt"
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Made anew, so that no link which lies there is followed.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RobustkitError(f"{path}: cannot be written: {error.strerror or error}") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RobustkitError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    # mkdir says so of a file where it wants a folder.
+    if isinstance(error, FileExistsError):
+        return f"{error.filename} is not a folder"
+    return error.strerror or str(error)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -58,13 +68,17 @@ class Store:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run folder; a second process gets a UsageError at once."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UsageError(
                 f"{self.folder} is in use by another robustkit process; wait for it, or choose another --name"
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder}: cannot be the folder of a run: {_reason(error)}; choose another with --runs"
             ) from error
         try:
             yield
@@ -113,9 +127,12 @@ class EventLog:
     """Append-only events.jsonl: one JSON object a line with `time` and `event`."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and path.stat().st_size > 0 and not _ends_in_newline(path)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.exists() and path.stat().st_size > 0 and not _ends_in_newline(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RobustkitError(f"{path}: cannot be written: {_reason(error)}") from error
         if torn:
             self._file.write("\n")
 

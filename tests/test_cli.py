@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
@@ -55,15 +56,31 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "no-such-recipe.yaml"], 2, "no-such-recipe.yaml"),
         (["check", "no-such-recipe.yaml"], 2, "no-such-recipe.yaml"),
         (["report", "no-such-run"], 2, "no-such-run"),
+        (["init", "/dev/null/x.yaml"], 1, "/dev/null/x.yaml: cannot be written: /dev/null is not a folder"),
+        (["init", "/proc/nope/x.yaml"], 1, "/proc/nope/x.yaml: cannot be written"),
+        (["run", "recipes/quickstart.yaml", "--runs", "/dev/null"], 2, "/dev/null/quickstart: cannot be the folder"),
+        (["run", "recipes/quickstart.yaml", "--runs", "/proc/nope"], 2, "/proc/nope/quickstart: cannot be the folder"),
     ],
 )
 def test_a_mistake_gives_a_message_and_a_code(
-    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
     assert run(arguments) == code
     shown = capsys.readouterr()
     assert says in shown.err + shown.out
     assert "Traceback" not in shown.err + shown.out
+
+
+def test_an_error_of_the_system_names_its_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/run/events.jsonl")
+
+    monkeypatch.setattr("robustkit.cli.init.write_atomic", full)
+    assert run(["init", "no-such-folder/recipe.yaml"]) == 1
+    assert capsys.readouterr().err == "error: /data/run/events.jsonl: No space left on device\n"
 
 
 def test_an_unsafe_recipe_needs_trust(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

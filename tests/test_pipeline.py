@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,17 @@ def test_a_run_leaves_everything_that_is_promised(undisturbed: Path) -> None:
     assert pruned["nonzero"] < pruned["parameters"]
     assert pruned["versus_parent"]["low"] <= pruned["versus_parent"]["difference"] <= pruned["versus_parent"]["high"]
     assert robustkit.read_results(undisturbed / "results.json").variants[2].name == "pruned"
+
+
+def test_the_schema_document_names_every_key_that_is_written(undisturbed: Path) -> None:
+    """docs/results-schema.md is what other programs read by."""
+    text = (Path(__file__).parents[1] / "docs" / "results-schema.md").read_text()
+    known = set(re.findall(r"`(\w+)`", text)) | set(re.findall(r'"(\w+)"', text))
+    found = json.loads((undisturbed / "results.json").read_text())
+    row = found["variants"][2]
+    records = [found, *found["variants"], *found["gates"], *row["epochs"], *row["layers"], *row["curves"], row["clean"]]
+    records += [row["versus_parent"], *(flag for one in found["variants"] for flag in one["flags"])]
+    assert {key for record in records for key in record} <= known
 
 
 def test_python_gives_the_numbers_of_the_command_line(undisturbed: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from robustkit.errors import UsageError
+from robustkit.data.content import content_hash
+from robustkit.errors import RobustkitError, UsageError
 from robustkit.store import EventLog, Store, forget, write_atomic, write_json
 
 
@@ -82,6 +84,35 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         write_atomic(path, b"new")
     assert json.loads(path.read_text()) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_write_follows_no_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("file.json", f".file.json.{os.getpid()}.tmp"):
+        (folder / name).symlink_to(outside)
+    write_json(folder / "file.json", 1)
+    assert outside.read_text() == "precious"
+    assert not (folder / "file.json").is_symlink()
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/run", "/proc/nope"])
+def test_a_folder_that_cannot_be_is_named(folder: str) -> None:
+    with pytest.raises(RobustkitError, match=f"{folder}/file.json: cannot be written"):
+        write_json(Path(folder) / "file.json", 1)
+    with pytest.raises(RobustkitError, match=r"events\.jsonl: cannot be written"):
+        EventLog(Path(folder) / "events.jsonl")
+    with pytest.raises(UsageError, match=f"{folder}: cannot be the folder of a run"), Store(Path(folder)).lock():
+        pass
+
+
+def test_content_is_hashed_where_no_cache_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    known = content_hash([tmp_path / "a.bin"])
+    monkeypatch.setenv("ROBUSTKIT_CACHE", "/dev/null/x")
+    assert content_hash([tmp_path / "a.bin"]) == known
 
 
 def test_a_torn_last_line_does_not_swallow_the_next_event(tmp_path: Path) -> None:

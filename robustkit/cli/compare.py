@@ -8,10 +8,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from robustkit.errors import UsageError
 from robustkit.report.compare import Compared, compare
 from robustkit.report.tables import paired_text, rate_text, size_text
+from robustkit.results import printable
 
 
 @click.command("compare", epilog="Example: robustkit compare runs/monday runs/tuesday")
@@ -47,5 +49,7 @@ def _table(found: list[Compared]) -> Table:
     for one in found:
         row = one.row
         cells = [one.run, row.name, str(row.seed), rate_text(row.clean), rate_text(row.worst)]
-        table.add_row(*cells, size_text(row.gzip_bytes), paired_text(one.difference))
+        cells += [size_text(row.gzip_bytes), paired_text(one.difference)]
+        # As Text, so that a name such as [/x] is no markup.
+        table.add_row(*[Text(str(printable(cell))) for cell in cells])
     return table

@@ -79,4 +79,13 @@ def run(args: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return int(ExitCode.OK)
+    except OSError as error:
+        click.echo(f"error: {_told(error)}", err=True)
+        return int(ExitCode.STEP_FAILED)
     return int(code) if isinstance(code, int) else int(ExitCode.OK)
+
+
+def _told(error: OSError) -> str:
+    """Return which file an error of the system is about, and what it says."""
+    files = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{files}: {error.strerror or error}" if files else str(error)

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from robustkit.report.terminal import print_summary
+from robustkit.report.inside import inside
+from robustkit.report.terminal import failure_lines, print_summary
 from robustkit.report.write import write_report
 from robustkit.results import read_results
 
@@ -18,6 +19,9 @@ from robustkit.results import read_results
 def command(run: Path, quiet: bool) -> None:
     """Write the report of RUN (a run's folder) again from its results.json, and print the summary."""
     report = write_report(run)
+    results = read_results(inside(run, "results.json"))
     if not quiet:
-        print_summary(read_results(run / "results.json"), Console())
+        print_summary(results, Console())
     click.echo(f"report: {report}")
+    for line in failure_lines(results):
+        click.echo(line, err=True)

@@ -46,7 +46,7 @@ def command(
     out = Console(stderr=as_json, quiet=quiet)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(parsed, recipe, folder, out, trust_plugins=trust_plugins, fresh=fresh, as_json=as_json)
+        return _run(parsed, recipe, overrides, folder, out, trust_plugins=trust_plugins, fresh=fresh, as_json=as_json)
     except KeyboardInterrupt:
         again = " ".join(_quote(argument) for argument in ["robustkit", *sys.argv[1:]] if argument != "--fresh")
         click.echo(f"interrupted; nothing that was done is lost. To continue:\n  {again}", err=True)
@@ -54,12 +54,20 @@ def command(
 
 
 def _run(
-    parsed: object, path: Path, folder: Path, out: Console, *, trust_plugins: bool, fresh: bool, as_json: bool
+    parsed: object,
+    path: Path,
+    overrides: tuple[str, ...],
+    folder: Path,
+    out: Console,
+    *,
+    trust_plugins: bool,
+    fresh: bool,
+    as_json: bool,
 ) -> int:
     from robustkit import pipeline
     from robustkit.cli.progress import Display
     from robustkit.recipe.spec import Recipe
-    from robustkit.report.terminal import print_summary
+    from robustkit.report.terminal import failure_lines, print_summary
     from robustkit.store import forget
 
     assert isinstance(parsed, Recipe)
@@ -67,14 +75,21 @@ def _run(
     if fresh:
         forget(folder)
     with Display(out) as display:
-        outcome = pipeline.run(parsed, folder, trust_plugins=trust_plugins, on_event=display, recipe_text=_text(path))
+        outcome = pipeline.run(
+            parsed,
+            folder,
+            trust_plugins=trust_plugins,
+            on_event=display,
+            recipe_text=_text(path),
+            overrides=overrides,
+        )
     if as_json:
         click.echo((folder / "results.json").read_text(encoding="utf-8"))
     else:
         print_summary(outcome.results, Console())
     click.echo(f"report: {outcome.report}", err=as_json)
-    for failure in outcome.failures:
-        click.echo(f"failed: {failure.step.variant} ({failure.step.kind}): {failure.message}", err=True)
+    for line in failure_lines(outcome.results):
+        click.echo(line, err=True)
     if outcome.failures:
         return int(ExitCode.STEP_FAILED)
     return int(ExitCode.OK if all(gate.holds for gate in outcome.results.gates) else ExitCode.GATE_FAILED)

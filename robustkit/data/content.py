@@ -7,9 +7,10 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from robustkit.errors import DataError
+from robustkit.errors import DataError, RobustkitError
 
 
 def cache_folder() -> Path:
@@ -65,5 +66,7 @@ def _remembered(files: Sequence[Path], labels: Sequence[str], compute: Callable[
     found = compute()
     from robustkit.store import write_json
 
-    write_json(index, found)
+    # A cache that cannot be written costs time, nothing else.
+    with suppress(RobustkitError):
+        write_json(index, found)
     return found

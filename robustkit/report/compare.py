@@ -1,9 +1,7 @@
-"""The variants of several runs side by side, paired where they were measured on the same examples."""
+"""The variants of several runs side by side, paired where measured by the same attacks on the same examples."""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,8 @@ from numpy.typing import NDArray
 
 from robustkit import stats
 from robustkit.errors import UsageError
+from robustkit.report.gallery import BROKEN
+from robustkit.report.inside import inside
 from robustkit.results import Paired, Results, VariantResult, read_results
 
 
@@ -31,7 +31,7 @@ def compare(runs: Sequence[Path]) -> list[Compared]:
     Raises:
         UsageError: a folder holds no results, or one of its arrays is broken.
     """
-    loaded = [(path, read_results(path / "results.json")) for path in runs]
+    loaded = [(path, read_results(inside(path, "results.json"))) for path in runs]
     first_path, first = loaded[0]
     found = []
     for path, results in loaded:
@@ -49,6 +49,8 @@ def _same_examples(one: Results, other: Results) -> bool:
 
 
 def _paired(first: Path, partner: VariantResult, second: Path, row: VariantResult) -> Paired | None:
+    if set(partner.attacks) != set(row.attacks):
+        return None
     before, after = _worst(first, partner), _worst(second, row)
     if before is None or after is None or before.shape != after.shape:
         return None
@@ -58,9 +60,9 @@ def _paired(first: Path, partner: VariantResult, second: Path, row: VariantResul
 def _worst(run: Path, row: VariantResult) -> NDArray[np.bool_] | None:
     if row.arrays is None:
         return None
-    path = run / row.arrays
+    path = inside(run, row.arrays)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays["correct/worst"], dtype=bool)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise UsageError(f"{path}: broken arrays: {error}") from error

@@ -221,12 +221,7 @@ def attack_map(results: Results) -> Figure | None:
     rows = tree_order(results)
     values = [[100 * row.attacks[label].value if label in row.attacks else np.nan for label in labels] for row in rows]
     names = [display_name(row, results) for row in rows]
-    figure, axes = _heat_map(values, labels, names)
-    for place, row in enumerate(values):
-        if not all(np.isnan(row)):
-            column = int(np.nanargmin(row))
-            axes.add_patch(Rectangle((column - 0.5, place - 0.5), 1, 1, fill=False, lw=2, ec="black"))
-    return figure
+    return _heat_map(values, labels, names)
 
 
 def class_map(results: Results) -> Figure | None:
@@ -236,14 +231,11 @@ def class_map(results: Results) -> Figure | None:
         return None
     classes = list(dict.fromkeys(name for row in rows for name in row.per_class["worst"]))[:40]
     values = [[100 * row.per_class["worst"].get(name, np.nan) for name in classes] for row in rows]
-    figure, axes = _heat_map(values, classes, [display_name(row, results) for row in rows])
-    for place, row in enumerate(values):
-        column = int(np.nanargmin(row))
-        axes.add_patch(Rectangle((column - 0.5, place - 0.5), 1, 1, fill=False, lw=2, ec="black"))
-    return figure
+    return _heat_map(values, classes, [display_name(row, results) for row in rows])
 
 
-def _heat_map(values: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str]) -> tuple[Figure, Axes]:
+def _heat_map(values: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str]) -> Figure:
+    """A table in colours; the lowest value of each row is outlined."""
     width = min(12.0, 3.2 + 0.62 * len(columns))
     figure, (axes,) = _figure(max(5.0, width), 1.1 + 0.3 * len(rows))
     table = np.ma.masked_invalid(np.array(values, dtype=float))
@@ -256,7 +248,11 @@ def _heat_map(values: Sequence[Sequence[float]], columns: Sequence[str], rows: S
         if not np.isnan(value):
             ink = "white" if value < 55 else "black"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8)
-    return figure, axes
+    for place, given in enumerate(values):
+        if not all(np.isnan(given)):
+            column = int(np.nanargmin(given))
+            axes.add_patch(Rectangle((column - 0.5, place - 0.5), 1, 1, fill=False, lw=2, ec="black"))
+    return figure
 
 
 def training(results: Results) -> Figure | None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import base64
 import io
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustkit.errors import UsageError
+from robustkit.report.inside import inside
 from robustkit.results import Results, VariantResult
 
 SCALE = 10
 MAX_IMAGES = 8
 MAX_ROWS = 16
 SIDE = 64
+BROKEN = (OSError, ValueError, LookupError, TypeError, ArithmeticError, SystemError, EOFError, BadZipFile, zlib.error)
+"""What NumPy and Pillow raise on files and arrays that are not what they should be."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,8 @@ def galleries(run: Path, results: Results) -> list[tuple[VariantResult, list[Pic
     first = results.variants[0].seed if results.variants else 0
     for row in results.variants:
         if row.gallery and row.seed == first and len(found) < MAX_ROWS:
-            found.append((row, _pictures(_inside(run, row.gallery), results)))
+            found.append((row, _pictures(inside(run, row.gallery), results)))
     return found
-
-
-def _inside(run: Path, name: str) -> Path:
-    path = (run / name).resolve()
-    if not path.is_relative_to(run.resolve()):
-        raise UsageError(f"{run / 'results.json'}: names a file outside of the run: {name}")
-    return path
 
 
 def _pictures(path: Path, results: Results) -> list[Picture]:
@@ -62,7 +58,7 @@ def _pictures(path: Path, results: Results) -> list[Picture]:
         with np.load(path, allow_pickle=False) as arrays:
             data = {name: arrays[name] for name in arrays.files}
         return [_picture(data, number, results) for number in range(min(MAX_IMAGES, len(data["label"])))]
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         raise UsageError(f"{path}: broken gallery: {error}") from error
 
 

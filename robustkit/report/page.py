@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,6 +16,7 @@ from robustkit.report.tables import (
     attack_labels,
     count_text,
     display_name,
+    failed_name,
     gate_text,
     latency_text,
     multiple_seeds,
@@ -56,12 +59,21 @@ def context(
         "captions": CAPTIONS,
         "pictures": pictures,
         "recipe": recipe,
+        "again": again(results),
+        "failures": [(failed_name(one, results), one.message) for one in results.failures],
         "flags": [(row, flag) for row in rows for flag in row.flags],
         "notes": [(row, note) for row in rows for note in row.notes],
         "sparse": [row for row in rows if row.sparsity > 0.001],
         "provenance": list(_flat(results.provenance)),
         "worst_class": worst_class,
     }
+
+
+def again(results: Results) -> str:
+    """Return the command that runs the recipe of the report again, with the overrides that it was read with."""
+    given = results.provenance.get("overrides")
+    overrides = [str(one) for one in given] if isinstance(given, list) else []
+    return shlex.join(["robustkit", "run", "recipe.yaml", *overrides])
 
 
 def worst_class(row: VariantResult) -> str:
@@ -123,6 +135,9 @@ def to_markdown(values: Mapping[str, Any]) -> str:
     if results.gates:
         cells = [[gate.text, gate.verdict, gate_text(gate)] for gate in results.gates]
         parts += ["## Gates", "", plain_rows(["gate", "verdict", "measured"], cells), ""]
+    if values["failures"]:
+        cells = [[name, message] for name, message in values["failures"]]
+        parts += ["## Failed steps", "", plain_rows(["step", "why"], cells), ""]
     parts += ["## Variants", "", _summary(values), ""]
     if values["spreads"]:
         cells = [
@@ -148,7 +163,8 @@ def to_markdown(values: Mapping[str, Any]) -> str:
     parts += ["## Cost", "", _cost(values), ""]
     parts += ["## Provenance", "", plain_rows(["what", "value"], [list(pair) for pair in values["provenance"]]), ""]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", values["recipe"])), default=0))
-    parts += ["## Recipe", "", f"{fence}yaml", values["recipe"].rstrip(), fence, ""]
+    parts += ["## Recipe", "", "Save it as recipe.yaml and run:", "", indent(values["again"], "    "), ""]
+    parts += [f"{fence}yaml", values["recipe"].rstrip(), fence, ""]
     return "\n".join(parts)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from robustkit import stats
-from robustkit.results import GateResult, Latency, Paired, Rate, Results, VariantResult
+from robustkit.results import GateResult, Latency, Paired, Rate, Results, StepFailure, VariantResult
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -80,21 +80,31 @@ def display_name(row: VariantResult, results: Results) -> str:
     return f"{row.name} (seed {row.seed})" if multiple_seeds(results) else row.name
 
 
+def failed_name(failure: StepFailure, results: Results) -> str:
+    """Return which step failed: `robust (attack pgd)`, with its seed where there are several."""
+    seeds = {row.seed for row in results.variants} | {one.seed for one in results.failures}
+    seed = f", seed {failure.seed}" if len(seeds) > 1 else ""
+    return f"{failure.variant or 'all variants'} ({failure.step}{seed})"
+
+
 def tree_order(results: Results) -> list[VariantResult]:
-    """Return the rows with each child after its parent, seed after seed."""
-    ordered: list[VariantResult] = []
-
-    def add(row: VariantResult) -> None:
-        ordered.append(row)
-        for child in results.variants:
-            if child.parent == row.name and child.seed == row.seed:
-                add(child)
-
+    """Return the rows with each child after its parent, seed after seed; rows that start from each other come last."""
     present = {(row.name, row.seed) for row in results.variants}
-    for row in results.variants:
-        if row.parent is None or (row.parent, row.seed) not in present:
-            add(row)
-    return ordered
+    children: dict[tuple[str, int], list[int]] = {}
+    roots = []
+    for number, row in enumerate(results.variants):
+        if row.parent is not None and (row.parent, row.seed) in present:
+            children.setdefault((row.parent, row.seed), []).append(number)
+        else:
+            roots.append(number)
+    ordered: dict[int, VariantResult] = {}
+    waiting = [*reversed(range(len(results.variants))), *reversed(roots)]
+    while waiting:
+        number = waiting.pop()
+        if number not in ordered:
+            row = ordered[number] = results.variants[number]
+            waiting += reversed(children.get((row.name, row.seed), []))
+    return list(ordered.values())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from rich.text import Text
 from robustkit.report.tables import (
     attack_labels,
     display_name,
+    failed_name,
     gate_text,
     paired_text,
     percent,
@@ -82,6 +83,11 @@ def print_summary(results: Results, console: Console) -> None:
             if flag.severity != "note":
                 style = "red" if flag.severity == "wrong" else "yellow"
                 _line(console, f"{flag.severity} [{flag.id}] {row.name}: {flag.message}", style)
+
+
+def failure_lines(results: Results) -> list[str]:
+    """Return a line for each step that failed."""
+    return [f"failed: {failed_name(one, results)}: {one.message}" for one in results.failures]
 
 
 def _line(console: Console, text: str, style: str | None = None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from robustkit.report.tables import display_name, percent, size_text
+from robustkit.report.tables import display_name, failed_name, percent, size_text
 from robustkit.results import Results, VariantResult
+
+NAMED = 4
+"""So many failed steps are named, the others counted."""
 
 
 def verdict(results: Results) -> list[str]:
@@ -46,6 +49,8 @@ def _small(trusted: list[VariantResult], results: Results) -> str:
     )
     if parent is None or not parent.gzip_bytes:
         return f"{text}."
+    if best.versus_parent is None:
+        return f"{text}, {best.gzip_bytes / parent.gzip_bytes:.0%} of {parent.name}'s."
     change = 100 * (best.worst.value - parent.worst.value)
     return f"{text}, {best.gzip_bytes / parent.gzip_bytes:.0%} of {parent.name}'s, {change:+.1f} points of worst case."
 
@@ -55,6 +60,10 @@ def _doubts(results: Results) -> str:
     wrong = sorted({row.name for row in results.variants for flag in row.flags if flag.severity == "wrong"})
     doubt = sorted({row.name for row in results.variants for flag in row.flags if flag.severity == "doubt"})
     parts = []
+    if results.failures:
+        names = [failed_name(one, results) for one in results.failures]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        parts.append(f"steps that failed: {', '.join(names[:NAMED])}{more}")
     if failed:
         parts.append(f"gates that fail: {'; '.join(failed)}")
     if wrong:

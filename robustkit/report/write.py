@@ -7,6 +7,7 @@ from pathlib import Path
 from robustkit.errors import UsageError
 from robustkit.report.figures import figures
 from robustkit.report.gallery import galleries
+from robustkit.report.inside import inside
 from robustkit.report.junit import to_junit
 from robustkit.report.page import context, to_html, to_markdown
 from robustkit.report.tables import to_csv
@@ -20,22 +21,24 @@ def write_report(run: Path) -> Path:
     A broken gallery does not keep the other files from being written; it is raised at the end.
 
     Raises:
-        UsageError: the folder holds no results.json that robustkit can read, or a gallery in it is broken.
+        UsageError: the folder holds no results.json that robustkit can read, a gallery in it is broken, or a file
+            of it leads out of the folder.
     """
     if not (run / "results.json").is_file():
         raise UsageError(f"{run}: holds no results.json; give the folder of a run, e.g. runs/quickstart")
-    results = read_results(run / "results.json")
+    results = read_results(inside(run, "results.json"))
+    recipe = _recipe(run)
     write_atomic(run / "results.csv", to_csv(results).encode())
     write_atomic(run / "junit.xml", to_junit(results).encode())
     drawn = figures(results)
     for name, svg in drawn.items():
-        write_atomic(run / "figures" / f"{name}.svg", svg.encode())
+        write_atomic(inside(run, f"figures/{name}.svg"), svg.encode())
     broken: UsageError | None = None
     try:
         pictures = galleries(run, results)
     except UsageError as error:
         pictures, broken = [], error
-    values = context(run, results, drawn, pictures, _recipe(run))
+    values = context(run, results, drawn, pictures, recipe)
     write_atomic(run / "report.md", to_markdown(values).encode())
     write_atomic(run / "report.html", to_html(values).encode())
     if broken is not None:
@@ -45,6 +48,6 @@ def write_report(run: Path) -> Path:
 
 def _recipe(run: Path) -> str:
     try:
-        return (run / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+        return inside(run, "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

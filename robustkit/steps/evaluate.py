@@ -17,6 +17,7 @@ from robustkit.evaluation.attacked import attack_outcome, clean_outcome
 from robustkit.evaluation.checks import preflight
 from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
+from robustkit.missing import latency_key
 from robustkit.recipe.plan import Step
 from robustkit.seeding import derive_seed
 from robustkit.workbench import MODEL, Workbench, threat_of
@@ -175,9 +176,15 @@ def checks_step(bench: Workbench, step: Step) -> None:
 
 
 def latency_step(bench: Workbench, step: Step) -> None:
-    """Store the latency of all models that there are, measured in turns."""
+    """Store the latency of all models that there are, measured in turns.
+
+    Where a model is missing the step itself stays open, and the others' latency is kept under a key of its own.
+    """
     keys = [key for key in dict.fromkeys(step.parents) if key not in bench.failed]
+    finished = latency_key(step, bench.failed)
+    if bench.store.done(finished):
+        return
     models = {key: bench.load(key) for key in keys}
     measured = measure_latency(models, bench.any_dataset().shape, bench.device) if models else {}
     latency = {key: {batch: value.model_dump() for batch, value in found.items()} for key, found in measured.items()}
-    bench.store.finish(step.key, {"latency": latency})
+    bench.store.finish(finished, {"latency": latency})

@@ -5,20 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as tree
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from robustkit import stats
+from robustkit.cli.group import run as cli
 from robustkit.errors import UsageError
+from robustkit.report.compare import compare
 from robustkit.report.pareto import mark_pareto
+from robustkit.report.tables import tree_order
 from robustkit.report.verdict import verdict
 from robustkit.report.write import write_report
 from robustkit.results import (
@@ -29,6 +35,7 @@ from robustkit.results import (
     Latency,
     LayerSparsity,
     Results,
+    StepFailure,
     VariantResult,
     read_results,
     write_results,
@@ -202,7 +209,7 @@ def spoil(change: Callable[[dict[str, object]], object]) -> Callable[[Path], Non
         (lambda path: path.write_bytes(b""), "results.json"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "results.json"),
         (lambda path: path.write_text('{"schema": 1'), "results.json"),
-        (lambda path: path.write_text("[1, 2]"), "not a results.json"),
+        (lambda path: path.write_text("[1, 2]"), "not a results.json that"),
         (lambda path: path.unlink(), "holds no results.json"),
         (spoil(lambda found: found["variants"][0].pop("clean")), "clean"),  # type: ignore[index]
         (spoil(lambda found: found["variants"][1].update(gallery="../../secret.npz")), "outside"),  # type: ignore[index]
@@ -212,6 +219,136 @@ def spoil(change: Callable[[dict[str, object]], object]) -> Callable[[Path], Non
 def test_broken_results_are_named(damage: Callable[[Path], None], message: str, run: Path) -> None:
     damage(run / "results.json")
     with pytest.raises(UsageError, match=re.escape(message)):
+        write_report(run)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "results.json", "figures", "figures/size.svg", "gallery.npz"])
+def test_links_out_of_the_folder_are_not_followed(
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / "elsewhere"
+    if name == "figures":
+        secret.mkdir()
+    elif (run / name).is_file():
+        (run / name).rename(secret)
+    else:
+        secret.write_text("precious")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(secret)
+    before = secret.read_bytes() if secret.is_file() else None
+    assert cli(["report", str(run)]) == 2
+    assert f"{run}: {name}" in (shown := capsys.readouterr().err)
+    assert "leads outside of the run's folder" in shown
+    assert not (secret.is_dir() and list(secret.iterdir()))
+    assert before is None or secret.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../elsewhere.npz", "loop"])
+def test_compare_opens_no_array_outside(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "loop").symlink_to("loop")
+    write_npz(run.parent / "elsewhere.npz", {"correct/worst": np.ones(100, dtype=bool)})
+    other = run.with_name("other")
+    shutil.copytree(run, other, symlinks=True)
+    spoil(change((*ROW, "arrays"), name))(run / "results.json")
+    spoil(change((*ROW, "arrays"), name))(other / "results.json")
+    assert cli(["compare", str(run), str(other)]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_compare_pairs_where_the_attacks_are_the_same(run: Path) -> None:
+    write_npz(run / "worst.npz", {"correct/worst": np.arange(100) < 60})
+    other = run.with_name("other")
+    spoil(change((*ROW, "arrays"), "worst.npz"))(run / "results.json")
+    shutil.copytree(run, other)
+    assert [one.difference is not None for one in compare([run, other])] == [False] * 4 + [True, False]
+    spoil(lambda found: found["variants"][1]["attacks"].pop("pgd"))(other / "results.json")  # type: ignore[index]
+    assert not any(one.difference for one in compare([run, other]))
+
+
+def change(path: tuple[str | int, ...], value: object) -> Callable[[dict[str, object]], object]:
+    def do(found: dict[str, object]) -> None:
+        place: Any = found
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return do
+
+
+ROW = ("variants", 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("schema",), 99, "schema: schema 99 is of a later robustkit, this one reads 1; update robustkit"),
+        (("threat", "eps"), "abc", "threat: a threat has a norm"),
+        (("threat",), {"norm": "linf"}, "threat: a threat has a norm"),
+        (("threat", "norm"), "$\\foo$", "threat: a threat has a norm"),
+        ((*ROW, "worst", "value"), math.nan, "variants.1.worst.value: Input should be a finite number"),
+        ((*ROW, "clean", "high"), math.inf, "variants.1.clean.high"),
+        ((*ROW, "clean", "low"), 0.99, "an accuracy lies outside of its own interval"),
+        ((*ROW, "latency", "batch_1", "median"), math.nan, "latency.batch_1.median"),
+        ((*ROW, "latency_ms", "batch_1"), math.inf, "latency_ms.batch_1"),
+        ((*ROW, "curves", 0, "rates"), [], "a curve has 2 eps and 0 rates"),
+        ((*ROW, "per_class", "worst", "cat"), math.nan, "per_class.worst.cat"),
+        ((*ROW, "gzip_bytes"), 10**400, "gzip_bytes: Input should be less than or equal to"),
+        ((*ROW, "depth"), 10**9, "depth"),
+        ((*ROW, "attacks", "\x1b[31m"), 3, "variants.1.attacks.[31m"),
+    ],
+)
+def test_figures_that_cannot_be_are_named(
+    path: tuple[str | int, ...], value: object, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(change(path, value))(run / "results.json")
+    for arguments in (["report", str(run)], ["compare", str(run), str(run)]):
+        assert cli(arguments) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "\x1b" not in shown
+
+
+def test_rows_that_start_from_each_other_are_shown(run: Path) -> None:
+    spoil(change((*ROW, "parent"), "robust"))(run / "results.json")
+    spoil(change(("variants", 0, "parent"), "pruned"))(run / "results.json")
+    found = read_results(run / "results.json")
+    assert {row.name for row in tree_order(found)} == {"baseline", "robust", "pruned"}
+    assert len(tree_order(found)) == 3
+    chain = [variant(str(n), 90, 50, parent=str(n - 1) if n else None) for n in reversed(range(3000))]
+    assert [row.name for row in tree_order(Results(variants=chain))] == [str(n) for n in range(3000)]
+
+
+def test_names_are_neither_markup_nor_terminal_sequences(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(change((*ROW, "name"), "[/x]\x1b[31m\x9b\u202e"))(run / "results.json")
+    spoil(change(("failures",), [{"step": "fit", "message": "\x1b]0;title\x07oh"}]))(run / "results.json")
+    assert cli(["report", str(run)]) == 0
+    shown = capsys.readouterr()
+    assert "failed: all variants (fit): ]0;titleoh" in shown.err
+    assert cli(["compare", str(run), str(run)]) == 0
+    text = shown.out + shown.err + capsys.readouterr().out
+    assert text.count("[/x][31m") >= 3
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(text)
+
+
+def test_classes_without_a_figure_are_left_out(run: Path) -> None:
+    many = {f"class {n}": 0.5 for n in range(45)}
+    spoil(change(("variants", 0, "per_class", "worst"), many))(run / "results.json")
+    write_report(run)
+    assert (run / "figures" / "classes.svg").stat().st_size > 0
+
+
+def test_a_loss_that_was_not_finite_is_written_and_read(tmp_path: Path) -> None:
+    epochs = [EpochRow(epoch=0, loss=math.nan, train_accuracy=0.1, clean=0.1)]
+    write_results(Results(variants=[variant("a", 90, 50, epochs=epochs)]), tmp_path / "results.json")
+    write_report(tmp_path)
+    assert math.isnan(read_results(tmp_path / "results.json").variants[0].epochs[0].loss)
+
+
+@pytest.mark.parametrize("array", [np.zeros(3), np.array(["a", "b"]), np.array(5), np.full(2, np.inf)])
+def test_a_gallery_of_other_arrays_is_broken(array: np.ndarray[Any, Any], run: Path) -> None:
+    names = ("clean", "adversarial", "label", "confidence_clean", "confidence_adversarial", "norm")
+    write_npz(run / "gallery.npz", dict.fromkeys((*names, "prediction_clean", "prediction_adversarial"), array))
+    with pytest.raises(UsageError, match="broken gallery"):
         write_report(run)
 
 
@@ -273,6 +410,6 @@ def test_the_pareto_front() -> None:
 def test_the_schema_document_names_every_key(run: Path) -> None:
     """docs/results-schema.md is what other programs read by."""
     text = (Path(__file__).parents[2] / "docs" / "results-schema.md").read_text()
-    for record in (Results, VariantResult, GateResult, Flag, EpochRow):
+    for record in (Results, VariantResult, GateResult, StepFailure, Flag, EpochRow):
         for name, field in record.model_fields.items():
             assert f"`{field.alias or name}`" in text, (record.__name__, name)

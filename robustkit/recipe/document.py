@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,17 +46,9 @@ def read_document(path: Path) -> Document:
     """Read a recipe file.
 
     Raises:
-        RecipeError: the file is missing, too large, not text, or not YAML; with file, line and column.
+        RecipeError: the file is missing, no plain file, too large, not text, or not YAML; with file, line and column.
     """
-    if path.is_dir():
-        raise RecipeError([Problem(f"{path}: this is a folder, not a recipe")])
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RecipeError([Problem(f"{path}: {size:,} bytes; a recipe has at most {MAX_BYTES:,}")])
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RecipeError([Problem(f"{path}: cannot be read: {error.strerror or error}")]) from error
+    raw = _read(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,6 +57,22 @@ def read_document(path: Path) -> Document:
         mark = Mark(str(path), line, column)
         raise RecipeError([Problem("not a text file in UTF-8", mark, "a recipe is YAML text")]) from error
     return parse_document(text, str(path))
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise RecipeError([Problem(f"{path}: this is a folder, not a recipe")])
+    try:
+        # Opening a pipe waits for a writer, and a device may never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RecipeError([Problem(f"{path}: a pipe or a device, not a recipe", None, "save the recipe as a file")])
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError([Problem(f"{path}: cannot be read: {error.strerror or error}")]) from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError([Problem(f"{path}: too large; a recipe has at most {MAX_BYTES:,} bytes")])
+    return raw
 
 
 def parse_document(text: str, file: str) -> Document:

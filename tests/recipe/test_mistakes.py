@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 
 from robustkit.cli.group import run
 from robustkit.errors import RecipeError, RobustkitError
+from robustkit.recipe.document import MAX_BYTES
 from robustkit.recipe.schema import load_recipe, parse_recipe
 
 GOOD = """\
@@ -222,6 +224,32 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(RecipeError, match=path.name):
             load_recipe(path)
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.yaml"
+    os.mkfifo(path)
+    with pytest.raises(RecipeError, match=r"pipe.yaml: a pipe or a device"):
+        load_recipe(path)
+
+
+def test_a_file_is_read_no_further_than_a_recipe_can_be_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever size it claims to have: files below /proc say 0."""
+    read: list[int] = []
+
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            assert size is not None
+            assert 0 < size <= MAX_BYTES + 1
+            read.append(size)
+            return b"x" * size
+
+    path = tmp_path / "endless.yaml"
+    path.touch()
+    monkeypatch.setattr(Path, "open", lambda *_: Endless())
+    with pytest.raises(RecipeError, match=r"endless.yaml: too large; .* 1,000,000 bytes"):
+        load_recipe(path)
+    assert read
 
 
 def answer(text: str, overrides: Sequence[str] = ()) -> str:

@@ -14,6 +14,7 @@ from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
 from robustkit.params import Eps, NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
 from robustkit.recipe.gates import ACCURACIES, SIZES, parse_gate
+from robustkit.recipe.norms import check_attacks, check_defenses
 from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import EvaluateSpec, GateSpec, Recipe, ThreatSpec, TrainSpec, Use
@@ -77,13 +78,17 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     reader = Reader(document, folder)
     top = reader.mapping((), document.data, TOP)
     reader.plugins = _plugins(reader, top.get("plugins"))
-    threat = read_threat(reader, ("threat",), top.get("threat")) or ThreatSpec()
+    given_threat = read_threat(reader, ("threat",), top.get("threat"))
+    threat = given_threat or ThreatSpec()
     normalize = read_normalize(reader, top.get("normalize"))
     data = _required(reader, "data", top)
     model = _required(reader, "model", top)
     train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))
     variants = read_variants(reader, top.get("variants"), "variants" in top, model, threat, train)
     evaluate = _evaluate(reader, top.get("evaluate"), threat)
+    if given_threat is not None:
+        check_attacks(reader, ("evaluate", "attacks"), evaluate.attacks, threat)
+        check_defenses(reader, variants)
     gates = _gates(reader, top.get("gates"), evaluate)
     name = _name(reader, top.get("name"), path)
     seeds = _seeds(reader, top.get("seed", 0))

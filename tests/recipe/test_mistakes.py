@@ -106,6 +106,64 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "an unknown name in a label": (change("  pruned:\n", "  pruned-$percent:\n"), "10:3", "percent", "matrix"),
     "a plain value as a recipe": ("just words\n", "1:1", "mapping", ""),
     "a list as a recipe": ("- a\n- b\n", "1:1", "mapping", ""),
+    "an attack that trains models of its own": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, torchattacks.LGV]"),
+        "14:19",
+        "trains models of its own",
+        "transfer",
+    ),
+    "a union as an attack": (
+        change("[fgsm, pgd: {steps: 5}]", "[torchattacks.MultiAttack: {attacks: []}]"),
+        "14:13",
+        "is a union of attacks",
+        "list the attacks",
+    ),
+    "an attack of another norm": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, torchattacks.PGD: {steps: 5}]")
+        .replace("[n_fgsm]", "[dropout]")
+        .replace("linf", "l2"),
+        "14:19",
+        "torchattacks.PGD works under linf; the threat is l2",
+        "torchattacks.PGDL2",
+    ),
+    "a defense of another norm": (
+        change("linf", "l2").replace("    compress", "    train: {}\n    compress"),
+        "9:16",
+        "n_fgsm trains against linf; the threat is l2",
+        "pgd_training",
+    ),
+    "a threat that the defenses of the parent do not know": (
+        change("    compress:", "    threat: {norm: l1, eps: 4}\n    train: {}\n    compress:"),
+        "12:13",
+        "n_fgsm trains against linf; the threat is l1",
+        "norm",
+    ),
+    "a defense of another norm in a matrix": (
+        change("  robust:\n", "  robust-$p:\n    matrix: {p: [1, 2]}\n    threat: {norm: l1}\n").replace(
+            "from: robust", "from: baseline"
+        ),
+        "11:16",
+        "n_fgsm trains against linf",
+        "",
+    ),
+    **{
+        f"torchattacks.{name} with {parameter} {value}": (
+            change("[fgsm, pgd: {steps: 5}]", f"[torchattacks.{name}: {{{parameter}: {value}}}]"),
+            f"14:{13 + len('torchattacks.') + len(name) + 5 + len(parameter)}",
+            message,
+            "",
+        )
+        for name, parameter, value, message in [
+            ("PGD", "steps", "0", "steps: must be greater than 0, not 0"),
+            ("PGD", "steps", "-10", "steps: must be greater than 0, not -10"),
+            ("PGD", "alpha", "-2", "alpha: must be greater than 0, not -2.0"),
+            ("Square", "n_queries", "0", "n_queries: must be greater than 0"),
+            ("Square", "p_init", "1.5", "p_init: must be at most 1"),
+            ("Square", "loss", "bogus", "loss: 'bogus' is not one of ce, margin"),
+            ("MIFGSM", "decay", "-1", "decay: must be at least 0"),
+            ("Pixle", "pixel_mapping", "randon", "did you mean 'random'"),
+        ]
+    },
     "an attack that names its own ball": (
         change("[fgsm, pgd: {steps: 5}]", "[torchattacks.PGD: {eps: 0.3}]"),
         "14:32",
@@ -224,6 +282,16 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(RecipeError, match=path.name):
             load_recipe(path)
+
+
+def test_ead_needs_ten_iterations() -> None:
+    text = change("[fgsm, pgd: {steps: 5}]", "[torchattacks.EADL1: {max_iterations: 5}]").replace("linf", "l1")
+    assert "max_iterations: must be at least 10, not 5" in problems_of(text.replace("[n_fgsm]", "[dropout]"))[0]
+
+
+def test_a_misspelt_norm_is_one_mistake() -> None:
+    text = change("linf", "lnif").replace("[fgsm,", "[torchattacks.PGDL2,")
+    assert len(problems_of(text)) == 1
 
 
 def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:

@@ -145,14 +145,18 @@ def _gates(reader: Reader, value: object, evaluate: EvaluateSpec) -> tuple[GateS
         confident = False
         if isinstance(item, dict):
             given = reader.mapping(path, item, ("gate", "confident"))
-            item, confident = given.get("gate"), bool(given.get("confident", False))
+            item, confident = given.get("gate"), given.get("confident", False)
+            if not isinstance(confident, bool):
+                reader.problem((*path, "confident"), f"confident is true or false, not {confident!r}")
+                continue
         if not isinstance(item, str):
             reader.problem(path, "a gate is a text such as `clean(baseline) >= 85%`")
             continue
         try:
             gate = parse_gate(item, confident)
         except UsageError as error:
-            reader.problem(path, str(error))
+            message, _, hint = str(error).partition("; ")
+            reader.problem(path, message, hint or None)
             continue
         for metric, variant in gate.references():
             if metric not in metrics:

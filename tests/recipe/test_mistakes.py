@@ -75,6 +75,25 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "attacks",
         "list",
     ),
+    "a gate in percent without the sign": (change(">= 50%", ">= 50"), "16:5", "share in [0, 1]", "did you mean 50%?"),
+    "a gate in points without the unit": (
+        change("clean(baseline) >= 50%", "clean(robust) >= clean(baseline) - 2"),
+        "16:5",
+        "share in [0, 1]",
+        "did you mean 2pp?",
+    ),
+    "a gate that is confident in words": (
+        change("clean(baseline) >= 50%", "{gate: clean(baseline) >= 50%, confident: 'false'}"),
+        "16:47",
+        "confident is true or false, not 'false'",
+        "",
+    ),
+    "a gate that is confident in a list": (
+        change("clean(baseline) >= 50%", "{gate: clean(baseline) >= 50%, confident: [true]}"),
+        "16:47",
+        "confident is true or false, not [True]",
+        "",
+    ),
     "a gate on nobody": (change("clean(baseline)", "clean(base)"), "16:5", "base", "baseline"),
     "a gate that is none": (change("clean(baseline) >= 50%", "clean(baseline) is good"), "16:5", "comparison", "85%"),
     "a gate on an unknown metric": (change("clean(baseline)", "cleen(baseline)"), "16:5", "cleen", "clean"),
@@ -282,6 +301,21 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(RecipeError, match=path.name):
             load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "clean(robust) >= 1",
+        "clean(robust) <= clean(baseline) + 100%",
+        "2 * clean(robust) >= 1.5",
+        "bytes(pruned) <= 20 kB",
+        "latency(pruned) <= 0.5 * latency(robust) + 2",
+        "sparsity(pruned) >= 79%",
+    ],
+)
+def test_gates_that_mean_what_they_say(gate: str) -> None:
+    assert parse_recipe(change("clean(baseline) >= 50%", gate)).gates[0].text == gate
 
 
 def test_ead_needs_ten_iterations() -> None:

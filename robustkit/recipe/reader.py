@@ -56,7 +56,7 @@ class Reader:
             for one in error.errors():
                 where = tuple(part for part in one["loc"] if isinstance(part, str | int))
                 text = explain_details([(one["msg"], one.get("input"))])
-                self.problem((*path, *where[:1]), f"{'.'.join(map(str, where))}: {text}" if where else text)
+                self.problem((*path, *where), f"{'.'.join(map(str, where))}: {text}" if where else text)
             return None
 
     def use(self, kind: registry.Kind, path: PathTuple, value: object) -> Use | None:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from robustkit import registry
 from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
-from robustkit.params import Eps, NonNegativeFloat, PositiveInt
+from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
 from robustkit.recipe.gates import ACCURACIES, SIZES, parse_gate
 from robustkit.recipe.norms import check_attacks, check_defenses
@@ -43,7 +43,7 @@ class EvaluateInput(Plain):
 
     examples: PositiveInt | None = None
     batch_size: PositiveInt = 256
-    eps_curve: tuple[Eps | NonNegativeFloat, ...] = ()
+    eps_curve: tuple[NonNegativeFloat, ...] = ()
     latency: bool = True
     gallery: Annotated[int, Field(ge=0, le=64, strict=True)] = 8
 
@@ -131,8 +131,10 @@ def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec
             reader.problem(("evaluate", "attacks", number), f"{use.label!r} cannot be an attack's label")
     if plain is None:
         return EvaluateSpec(attacks=attacks)
-    if threat.norm == "linf" and any(eps > 1 for eps in plain.eps_curve):
-        reader.problem(("evaluate", "eps_curve"), "eps is in [0, 1] pixel units", "write 8 as 8/255")
+    for number, eps in enumerate(plain.eps_curve):
+        if threat.norm == "linf" and eps > 1:
+            message = f"eps is in [0, 1] pixel units, not {eps:g}"
+            reader.problem(("evaluate", "eps_curve", number), message, f"did you mean {eps:g}/255?")
     return EvaluateSpec(attacks=attacks, **plain.model_dump())
 
 

@@ -183,6 +183,18 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
             ("Pixle", "pixel_mapping", "randon", "did you mean 'random'"),
         ]
     },
+    "a security curve below 0": (
+        change("evaluate:\n", "evaluate:\n  eps_curve: [0, -1]\n"),
+        "14:18",
+        "eps_curve.1: input should be greater than or equal to 0, not -1",
+        "",
+    ),
+    "a security curve in 255ths": (
+        change("evaluate:\n", "evaluate:\n  eps_curve: [0, 8]\n"),
+        "14:18",
+        "eps is in [0, 1] pixel units, not 8",
+        "did you mean 8/255?",
+    ),
     "an attack that names its own ball": (
         change("[fgsm, pgd: {steps: 5}]", "[torchattacks.PGD: {eps: 0.3}]"),
         "14:32",

@@ -59,7 +59,15 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "negative eps": (change("eps: 0.1", "eps: -0.1"), "4:27", "eps", "0"),
     "eps of 8": (change("eps: 0.1", "eps: 8"), "4:27", "eps", "8/255"),
     "unknown norm": (change("linf", "lnif"), "4:16", "lnif", "linf"),
-    "sparsity of 1.2": (change("80%}", "1.2}"), "12:38", "sparsity", "1.2%"),
+    "sparsity of 80": (change("80%}", "80}"), "12:38", "sparsity", "did you mean 80% or 0.8?"),
+    "sparsity of 1.2": (change("80%}", "1.2}"), "12:38", "sparsity: a share in [0, 1] is needed, not 1.2\n", ""),
+    "sparsity of 120%": (change("80%}", "120%}"), "12:38", "sparsity: a share in [0, 1] is needed, not '120%'\n", ""),
+    "a factor of 3": (
+        change("epochs: 2", "schedule: {step: {gamma: 3}}"),
+        "5:34",
+        "gamma: a share in [0, 1] is needed, not 3\n",
+        "",
+    ),
     "cycle": (
         change("    defenses: [n_fgsm]", "    from: pruned\n    train: {}"),
         "9:11",

@@ -42,8 +42,11 @@ def _to_integer(value: object) -> object:
 
 def _fraction_hint(value: object) -> object:
     number = _to_number(value)
-    if isinstance(number, int | float) and 1 < number <= 100:
-        raise ValueError(f"a share in [0, 1] is needed; did you mean {number:g}% or {number / 100:g}?")
+    if isinstance(number, int | float) and number > 1:
+        # 80 is a share in percent; 1.2, 3 or 120% are mistakes of another kind.
+        percent = 5 <= number <= 100 and not (isinstance(value, str) and "%" in value)
+        hint = f"; did you mean {number:g}% or {number / 100:g}?" if percent else ""
+        raise ValueError(f"a share in [0, 1] is needed{hint}")
     return number
 
 

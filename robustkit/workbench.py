@@ -12,6 +12,7 @@ from robustkit import registry
 from robustkit.attacks.threat import Threat
 from robustkit.data.load import load_dataset
 from robustkit.data.split import Dataset, Split
+from robustkit.errors import UsageError
 from robustkit.models.artefact import load_model
 from robustkit.recipe.plan import Plan
 from robustkit.recipe.spec import Recipe, ThreatSpec, Use
@@ -96,10 +97,23 @@ class Workbench:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that a recipe names; `auto` is CUDA where it is there, else the CPU."""
+    """Return the device that a recipe names; `auto` is CUDA where it is there, else the CPU.
+
+    Raises:
+        UsageError: torch has no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    mps = int(torch.backends.mps.is_available())
+    count = {"cuda": torch.cuda.device_count(), "mps": mps}.get(device.type, 1)
+    if (device.index or 0) >= count:
+        there = f"it sees {count} of this kind" if count else f"it sees no {device.type} device"
+        raise UsageError(
+            f"device: {name} is not there for torch on this machine ({there}; `robustkit env` shows what it sees); "
+            "use `device: auto`, or add device=cpu to the command"
+        )
+    return device
 
 
 def threat_of(spec: ThreatSpec) -> Threat:

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from rich.console import Console
 
 from robustkit import registry
-from robustkit.cli.group import COMMANDS, run
+from robustkit.cli.group import COMMANDS, cli, run
 from robustkit.cli.progress import Display
 from robustkit.recipe.schema import load_recipe
 
@@ -78,12 +79,25 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("variable", ["ROBUSTKIT_LIST_JSON", "ROBUSTKIT_LIST_MARKDOWN"])
 def test_options_come_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("ROBUSTKIT_LIST_AS_JSON", "1")
+    monkeypatch.setenv(variable, "1")
     assert run(["list", "model"]) == 0
-    assert "small_cnn" in json.loads(capsys.readouterr().out)["model"]
+    shown = capsys.readouterr().out
+    assert "small_cnn" in (json.loads(shown)["model"] if "JSON" in variable else shown)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_the_variable_that_its_name_promises(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    for option in command.params:
+        if isinstance(option, click.Option):
+            (written,) = [one for one in option.opts if one.startswith("--")]
+            variable = f"ROBUSTKIT_{name}_{written[2:]}".upper().replace("-", "_")
+            assert variable in (option.envvar, f"ROBUSTKIT_{name}_{option.name}".upper())
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

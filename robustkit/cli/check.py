@@ -27,7 +27,7 @@ from robustkit.store import Store
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs."
 )
 @click.option("--name", help="Name of the run's folder; default: the recipe's name.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", envvar="ROBUSTKIT_CHECK_JSON", is_flag=True, help="Print JSON.")
 def command(recipe: Path, overrides: tuple[str, ...], runs: Path, name: str | None, as_json: bool) -> None:
     """Check RECIPE and show its variants as a tree, what is done, and the cost in passes over an image."""
     parsed = load_recipe(recipe, overrides)

@@ -18,7 +18,7 @@ from robustkit.results import printable
 
 @click.command("compare", epilog="Example: robustkit compare runs/monday runs/tuesday")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", envvar="ROBUSTKIT_COMPARE_JSON", is_flag=True, help="Print JSON.")
 def command(runs: tuple[Path, ...], as_json: bool) -> None:
     """Compare the variants of RUNS (folders of runs); differences are to the same variant in the first run."""
     if len(runs) < 2:

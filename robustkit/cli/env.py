@@ -8,7 +8,7 @@ import click
 
 
 @click.command("env")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", envvar="ROBUSTKIT_ENV_JSON", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """Show versions, processor, devices and the folders that robustkit uses."""
     import torch

@@ -13,7 +13,7 @@ from robustkit.errors import UsageError, did_you_mean
 
 @click.command("list", epilog="Example: robustkit list attack")
 @click.argument("kind", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", envvar="ROBUSTKIT_LIST_JSON", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables with the parameters.")
 def command(kind: str | None, as_json: bool, markdown: bool) -> None:
     """List the plugins of every KIND: data, model, defense, compressor, attack, optimizer, schedule, augmentation."""

@@ -23,7 +23,9 @@ from robustkit.errors import ExitCode, UsageError
 @click.option("--trust-plugins", is_flag=True, help="Let the recipe run Python code that it names.")
 @click.option("--fresh", is_flag=True, help="Forget what the run's folder holds and start again.")
 @click.option("--quiet", "-q", is_flag=True, help="Print the table and the report's path only.")
-@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of a table.")
+@click.option(
+    "--json", "as_json", envvar="ROBUSTKIT_RUN_JSON", is_flag=True, help="Print results.json instead of a table."
+)
 def command(
     recipe: Path,
     overrides: tuple[str, ...],

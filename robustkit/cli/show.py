@@ -13,7 +13,7 @@ from robustkit.errors import UsageError, did_you_mean
 
 @click.command("show", epilog="Example: robustkit show pgd")
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", envvar="ROBUSTKIT_SHOW_JSON", is_flag=True, help="Print JSON.")
 def command(name: str, as_json: bool) -> None:
     """Show the plugin NAME: its kind, what it does, where it lives, its parameters."""
     entries = [entry for kind in registry.KINDS if (entry := _find(kind, name)) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,14 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from robustkit.errors import Mark, Problem, RecipeError
+from robustkit.errors import Mark, Problem, RecipeError, UsageError
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000
 MAX_DEPTH = 50
 MAX_LINE = 200
+LIBRARIES = ("torchattacks", "torchvision")
+"""First parts of plugin names that have a dot."""
 TAG = "tag:yaml.org,2002:"
 Step = str | int
 PathTuple = tuple[Step, ...]
@@ -45,17 +48,9 @@ def read_document(path: Path) -> Document:
     """Read a recipe file.
 
     Raises:
-        RecipeError: the file is missing, too large, not text, or not YAML; with file, line and column.
+        RecipeError: the file is missing, no plain file, too large, not text, or not YAML; with file, line and column.
     """
-    if path.is_dir():
-        raise RecipeError([Problem(f"{path}: this is a folder, not a recipe")])
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RecipeError([Problem(f"{path}: {size:,} bytes; a recipe has at most {MAX_BYTES:,}")])
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RecipeError([Problem(f"{path}: cannot be read: {error.strerror or error}")]) from error
+    raw = _read(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -64,6 +59,22 @@ def read_document(path: Path) -> Document:
         mark = Mark(str(path), line, column)
         raise RecipeError([Problem("not a text file in UTF-8", mark, "a recipe is YAML text")]) from error
     return parse_document(text, str(path))
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise RecipeError([Problem(f"{path}: this is a folder, not a recipe")])
+    try:
+        # Opening a pipe waits for a writer, and a device may never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RecipeError([Problem(f"{path}: a pipe or a device, not a recipe", None, "save the recipe as a file")])
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError([Problem(f"{path}: cannot be read: {error.strerror or error}")]) from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError([Problem(f"{path}: too large; a recipe has at most {MAX_BYTES:,} bytes")])
+    return raw
 
 
 def parse_document(text: str, file: str) -> Document:
@@ -112,49 +123,58 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> list[Proble
         except RecipeError as error:
             problems += [Problem(f"{file}: {problem.message}") for problem in error.problems]
             continue
-        message = _put(document, tuple(name.strip().split(".")), value, Mark("override", 1, number + 1, override, 1))
-        if message:
-            problems.append(Problem(f"{file}: {message}"))
+        try:
+            _put(document, tuple(name.strip().split(".")), value, Mark("override", 1, number + 1, override, 1))
+        except UsageError as error:
+            problems.append(Problem(f"{file}: {error}"))
     return problems
 
 
-def _put(document: Document, names: tuple[str, ...], value: Any, mark: Mark) -> str | None:  # noqa: ANN401
+def _put(document: Document, names: tuple[str, ...], value: Any, mark: Mark) -> None:  # noqa: ANN401
     place: Any = document.data
     path: PathTuple = ()
-    for name in names[:-1]:
-        place, path, message = _descend(place, path, name)
-        if message:
-            return message
-    last = names[-1]
-    if isinstance(place, list):
-        if not last.isdigit() or int(last) >= len(place):
-            return f"{'.'.join(map(str, path))} is a list of {len(place)}; {last!r} is no position in it"
-        place[int(last)] = value
-        path = (*path, int(last))
-    elif isinstance(place, dict):
-        place[last] = value
-        path = (*path, last)
-    else:
-        return f"{'.'.join(map(str, path)) or 'the recipe'} is a single value; {last!r} cannot be set in it"
+    rest = names
+    while True:
+        step, rest = _next(place, path, rest)
+        path = (*path, step)
+        if not rest:
+            break
+        inner = _inside(place, path, rest)
+        place[step] = inner
+        place = inner
+    place[step] = value
     for marks in (document.keys, document.values):
         for known in [known for known in marks if known[: len(path)] == path]:
             del marks[known]
         marks[path] = mark
-    return None
 
 
-def _descend(place: Any, path: PathTuple, name: str) -> tuple[Any, PathTuple, str | None]:  # noqa: ANN401
-    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
-        return place[int(name)], (*path, int(name)), None
+def _next(place: Any, path: PathTuple, names: tuple[str, ...]) -> tuple[Step, tuple[str, ...]]:  # noqa: ANN401
+    """Return the key or position that the first names stand for, and the names after it; keys may hold dots."""
     if isinstance(place, dict):
-        if place.get(name) is None:
-            place[name] = {}
-        elif isinstance(place[name], str):
-            # A plugin that was written by its bare name takes parameters now.
-            place[name] = {place[name]: {}}
-        return place[name], (*path, name), None
+        known = (count for count in range(len(names), 0, -1) if ".".join(names[:count]) in place)
+        count = next(known, 2 if names[0] in LIBRARIES and len(names) > 1 else 1)
+        return ".".join(names[:count]), names[count:]
     where = ".".join(map(str, path)) or "the recipe"
-    return place, path, f"{where} has no {name!r} to go into"
+    if not isinstance(place, list):
+        raise UsageError(f"{where} is a single value; {names[0]!r} cannot be set in it")
+    if not (names[0].isascii() and names[0].isdigit()) or int(names[0]) >= len(place):
+        raise UsageError(f"{where} is a list of {len(place)}; {names[0]!r} is no position in it")
+    return int(names[0]), names[1:]
+
+
+def _inside(place: Any, path: PathTuple, names: tuple[str, ...]) -> Any:  # noqa: ANN401
+    """Return what stands at the path's last step, ready to hold parameters."""
+    step: Any = path[-1]
+    found = place[step] if isinstance(place, list) else place.get(step)
+    if not isinstance(found, str):
+        return {} if found is None else found
+    # A plugin that was written by its bare name takes parameters now, or makes way for another.
+    if any(".".join(names[:count]) == found for count in range(1, len(names) + 1)):
+        return {found: {}}
+    if isinstance(place, list):
+        raise UsageError(f"{'.'.join(map(str, path))} is {found!r}, not {names[0]!r}")
+    return {}
 
 
 class _Builder:

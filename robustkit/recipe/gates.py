@@ -65,7 +65,21 @@ def parse_gate(text: str, confident: bool = False) -> Gate:
     gate = Gate(text.strip(), _side(left), operator, _side(right), confident)
     if not gate.references():
         raise UsageError(f"the gate {text!r} names no variant; write metric(variant), e.g. worst(baseline)")
+    _check_shares(gate)
     return gate
+
+
+def _check_shares(gate: Gate) -> None:
+    """Raise a UsageError where a share is compared with more than all: 85 where 85% was meant."""
+    for side, other in ((gate.left, gate.right), (gate.right, gate.left)):
+        if side.metric is None or (side.metric in SIZES and side.metric != "sparsity") or side.factor != 1.0:
+            continue
+        reference, unit = f"{side.metric}({side.variant})", "%" if other.metric is None else "pp"
+        amounts = (side.offset, other.offset if other.metric is None else 0.0)
+        wrong = next((amount for amount in amounts if abs(amount) > 1), None)
+        if wrong is not None:
+            hint = f"; did you mean {abs(wrong):g}{unit}?" if 1 < abs(wrong) <= 100 else ""
+            raise UsageError(f"{reference} is a share in [0, 1], not to be compared with {abs(wrong):g}{hint}")
 
 
 def _side(text: str) -> Side:

@@ -12,6 +12,7 @@ from robustkit import registry
 from robustkit.checking import explain_details
 from robustkit.errors import Problem, UsageError, did_you_mean
 from robustkit.recipe.document import Document, PathTuple
+from robustkit.recipe.limits import beyond_limits, refusal
 from robustkit.recipe.spec import Use
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -55,7 +56,7 @@ class Reader:
             for one in error.errors():
                 where = tuple(part for part in one["loc"] if isinstance(part, str | int))
                 text = explain_details([(one["msg"], one.get("input"))])
-                self.problem((*path, *where[:1]), f"{'.'.join(map(str, where))}: {text}" if where else text)
+                self.problem((*path, *where), f"{'.'.join(map(str, where))}: {text}" if where else text)
             return None
 
     def use(self, kind: registry.Kind, path: PathTuple, value: object) -> Use | None:
@@ -85,12 +86,15 @@ class Reader:
             label = name
         try:
             entry = registry.find(kind, name, folder=self.folder, plugins=self.plugins)
+            refused = refusal(entry)
+            if refused is not None:
+                raise UsageError(refused)
             clean, mistakes = registry.check_parameters(entry, given)
         except UsageError as error:
             message, _, hint = str(error).partition("; ")
             self.problem(path, message, hint or None, key=path[-1] == name)
             return None
-        for parameter, message in mistakes:
+        for parameter, message in [*mistakes, *beyond_limits(entry, clean)]:
             text, _, hint = message.partition("; ")
             unknown = text.startswith("unknown")
             self.problem((*path, parameter), f"{name}: {text}" if unknown else text, hint or None, key=unknown)

@@ -11,9 +11,10 @@ from pydantic import Field
 
 from robustkit import registry
 from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
-from robustkit.params import Eps, NonNegativeFloat, PositiveInt
+from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
 from robustkit.recipe.gates import ACCURACIES, SIZES, parse_gate
+from robustkit.recipe.norms import check_attacks, check_defenses
 from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import EvaluateSpec, GateSpec, Recipe, ThreatSpec, TrainSpec, Use
@@ -42,7 +43,7 @@ class EvaluateInput(Plain):
 
     examples: PositiveInt | None = None
     batch_size: PositiveInt = 256
-    eps_curve: tuple[Eps | NonNegativeFloat, ...] = ()
+    eps_curve: tuple[NonNegativeFloat, ...] = ()
     latency: bool = True
     gallery: Annotated[int, Field(ge=0, le=64, strict=True)] = 8
 
@@ -77,13 +78,17 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     reader = Reader(document, folder)
     top = reader.mapping((), document.data, TOP)
     reader.plugins = _plugins(reader, top.get("plugins"))
-    threat = read_threat(reader, ("threat",), top.get("threat")) or ThreatSpec()
+    given_threat = read_threat(reader, ("threat",), top.get("threat"))
+    threat = given_threat or ThreatSpec()
     normalize = read_normalize(reader, top.get("normalize"))
     data = _required(reader, "data", top)
     model = _required(reader, "model", top)
     train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))
     variants = read_variants(reader, top.get("variants"), "variants" in top, model, threat, train)
     evaluate = _evaluate(reader, top.get("evaluate"), threat)
+    if given_threat is not None:
+        check_attacks(reader, ("evaluate", "attacks"), evaluate.attacks, threat)
+        check_defenses(reader, variants)
     gates = _gates(reader, top.get("gates"), evaluate)
     name = _name(reader, top.get("name"), path)
     seeds = _seeds(reader, top.get("seed", 0))
@@ -126,8 +131,10 @@ def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec
             reader.problem(("evaluate", "attacks", number), f"{use.label!r} cannot be an attack's label")
     if plain is None:
         return EvaluateSpec(attacks=attacks)
-    if threat.norm == "linf" and any(eps > 1 for eps in plain.eps_curve):
-        reader.problem(("evaluate", "eps_curve"), "eps is in [0, 1] pixel units", "write 8 as 8/255")
+    for number, eps in enumerate(plain.eps_curve):
+        if threat.norm == "linf" and eps > 1:
+            message = f"eps is in [0, 1] pixel units, not {eps:g}"
+            reader.problem(("evaluate", "eps_curve", number), message, f"did you mean {eps:g}/255?")
     return EvaluateSpec(attacks=attacks, **plain.model_dump())
 
 
@@ -140,14 +147,18 @@ def _gates(reader: Reader, value: object, evaluate: EvaluateSpec) -> tuple[GateS
         confident = False
         if isinstance(item, dict):
             given = reader.mapping(path, item, ("gate", "confident"))
-            item, confident = given.get("gate"), bool(given.get("confident", False))
+            item, confident = given.get("gate"), given.get("confident", False)
+            if not isinstance(confident, bool):
+                reader.problem((*path, "confident"), f"confident is true or false, not {confident!r}")
+                continue
         if not isinstance(item, str):
             reader.problem(path, "a gate is a text such as `clean(baseline) >= 85%`")
             continue
         try:
             gate = parse_gate(item, confident)
         except UsageError as error:
-            reader.problem(path, str(error))
+            message, _, hint = str(error).partition("; ")
+            reader.problem(path, message, hint or None)
             continue
         for metric, variant in gate.references():
             if metric not in metrics:

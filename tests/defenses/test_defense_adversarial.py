@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from typing import Literal
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from robustkit.defenses.inner import (
     trades_examples,
 )
 from robustkit.errors import UsageError
+from robustkit.recipe.norms import DEFENSE_NORMS
 from robustkit.train.hooks import Batch, Forward, Step
 
 SHAPE = (1, 4, 4)
@@ -225,6 +228,17 @@ def test_wrong_norm_is_a_usage_error(defense: PgdTraining | NFgsm | Trades, norm
     model, _ = linear_binary()
     with pytest.raises(UsageError, match=f"against {use}, and the threat is {norm}"):
         defense.perturb(batch, make_step(model, Threat(norm, 0.1)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("name", sorted(DEFENSE_NORMS))
+def test_a_recipe_is_told_the_norms_that_the_defense_has(name: str, norm: Literal["linf", "l2", "l1"]) -> None:
+    defense = {"n_fgsm": NFgsm(), "pgd_training": PgdTraining(), "trades": Trades()}[name]
+    batch = Batch(images(), torch.arange(12) % 2, torch.arange(12), 2)
+    model, _ = linear_binary()
+    fits = norm in DEFENSE_NORMS[name]
+    with nullcontext() if fits else pytest.raises(UsageError, match=f"^{name} trains against"):
+        defense.perturb(batch, make_step(model, Threat(norm, 0.1)))
 
 
 @pytest.mark.parametrize("defense", [NFgsm(alpha=2.0), PgdTraining(alpha=2.0), Trades(alpha=2.0)])

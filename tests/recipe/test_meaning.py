@@ -106,6 +106,35 @@ def test_seeds() -> None:
         parse_recipe(BASE + "seed: [1, 1]\n")
 
 
+def test_overrides_reach_names_with_dots() -> None:
+    recipe = parse_recipe(
+        BASE + "  v1.5: {defenses: [mine.py:Mine]}\n  v1: {train: {epochs: 9}}\n"
+        "evaluate: {attacks: [torchattacks.Square, pgd, torchattacks.PGD: {steps: 5}]}\n",
+        overrides=[
+            "variants.v1.5.defenses=[n_fgsm]",
+            "variants.v1.train.epochs=4",
+            "evaluate.attacks.0.torchattacks.Square.n_queries=5",
+            "evaluate.attacks.1.pgd.steps=3",
+            "evaluate.attacks.2.torchattacks.PGD.steps=7",
+            "model.torchvision.resnet18={}",
+        ],
+    )
+    assert [use.name for use in recipe.variant("v1.5").defenses] == ["n_fgsm"]
+    train = recipe.variant("v1").train
+    assert train is not None
+    assert train.epochs == 4
+    assert [use.parameters for use in recipe.evaluate.attacks] == [{"n_queries": 5}, {"steps": 3}, {"steps": 7}]
+    assert recipe.variant("v1").model.name == "torchvision.resnet18"
+
+
+def test_overrides_name_another_plugin_where_one_stood_by_its_bare_name() -> None:
+    recipe = parse_recipe(BASE, overrides=["model.baseline_cnn.batch_norm=true"])
+    assert recipe.variant("baseline").model.name == "baseline_cnn"
+    assert recipe.variant("baseline").model.parameters == {"batch_norm": True}
+    with pytest.raises(RecipeError, match=r"evaluate.attacks.0 is 'fgsm', not 'pgd'"):
+        parse_recipe(BASE + "evaluate: {attacks: [fgsm, pgd]}\n", overrides=["evaluate.attacks.0.pgd.steps=3"])
+
+
 def test_overrides() -> None:
     recipe = parse_recipe(
         BASE + "train: {optimizer: sgd}\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 
 from robustkit.cli.group import run
 from robustkit.errors import RecipeError, RobustkitError
+from robustkit.recipe.document import MAX_BYTES
 from robustkit.recipe.schema import load_recipe, parse_recipe
 
 GOOD = """\
@@ -57,7 +59,15 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "negative eps": (change("eps: 0.1", "eps: -0.1"), "4:27", "eps", "0"),
     "eps of 8": (change("eps: 0.1", "eps: 8"), "4:27", "eps", "8/255"),
     "unknown norm": (change("linf", "lnif"), "4:16", "lnif", "linf"),
-    "sparsity of 1.2": (change("80%}", "1.2}"), "12:38", "sparsity", "1.2%"),
+    "sparsity of 80": (change("80%}", "80}"), "12:38", "sparsity", "did you mean 80% or 0.8?"),
+    "sparsity of 1.2": (change("80%}", "1.2}"), "12:38", "sparsity: a share in [0, 1] is needed, not 1.2\n", ""),
+    "sparsity of 120%": (change("80%}", "120%}"), "12:38", "sparsity: a share in [0, 1] is needed, not '120%'\n", ""),
+    "a factor of 3": (
+        change("epochs: 2", "schedule: {step: {gamma: 3}}"),
+        "5:34",
+        "gamma: a share in [0, 1] is needed, not 3\n",
+        "",
+    ),
     "cycle": (
         change("    defenses: [n_fgsm]", "    from: pruned\n    train: {}"),
         "9:11",
@@ -72,6 +82,25 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "14:12",
         "attacks",
         "list",
+    ),
+    "a gate in percent without the sign": (change(">= 50%", ">= 50"), "16:5", "share in [0, 1]", "did you mean 50%?"),
+    "a gate in points without the unit": (
+        change("clean(baseline) >= 50%", "clean(robust) >= clean(baseline) - 2"),
+        "16:5",
+        "share in [0, 1]",
+        "did you mean 2pp?",
+    ),
+    "a gate that is confident in words": (
+        change("clean(baseline) >= 50%", "{gate: clean(baseline) >= 50%, confident: 'false'}"),
+        "16:47",
+        "confident is true or false, not 'false'",
+        "",
+    ),
+    "a gate that is confident in a list": (
+        change("clean(baseline) >= 50%", "{gate: clean(baseline) >= 50%, confident: [true]}"),
+        "16:47",
+        "confident is true or false, not [True]",
+        "",
     ),
     "a gate on nobody": (change("clean(baseline)", "clean(base)"), "16:5", "base", "baseline"),
     "a gate that is none": (change("clean(baseline) >= 50%", "clean(baseline) is good"), "16:5", "comparison", "85%"),
@@ -104,6 +133,76 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "an unknown name in a label": (change("  pruned:\n", "  pruned-$percent:\n"), "10:3", "percent", "matrix"),
     "a plain value as a recipe": ("just words\n", "1:1", "mapping", ""),
     "a list as a recipe": ("- a\n- b\n", "1:1", "mapping", ""),
+    "an attack that trains models of its own": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, torchattacks.LGV]"),
+        "14:19",
+        "trains models of its own",
+        "transfer",
+    ),
+    "a union as an attack": (
+        change("[fgsm, pgd: {steps: 5}]", "[torchattacks.MultiAttack: {attacks: []}]"),
+        "14:13",
+        "is a union of attacks",
+        "list the attacks",
+    ),
+    "an attack of another norm": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, torchattacks.PGD: {steps: 5}]")
+        .replace("[n_fgsm]", "[dropout]")
+        .replace("linf", "l2"),
+        "14:19",
+        "torchattacks.PGD works under linf; the threat is l2",
+        "torchattacks.PGDL2",
+    ),
+    "a defense of another norm": (
+        change("linf", "l2").replace("    compress", "    train: {}\n    compress"),
+        "9:16",
+        "n_fgsm trains against linf; the threat is l2",
+        "pgd_training",
+    ),
+    "a threat that the defenses of the parent do not know": (
+        change("    compress:", "    threat: {norm: l1, eps: 4}\n    train: {}\n    compress:"),
+        "12:13",
+        "n_fgsm trains against linf; the threat is l1",
+        "norm",
+    ),
+    "a defense of another norm in a matrix": (
+        change("  robust:\n", "  robust-$p:\n    matrix: {p: [1, 2]}\n    threat: {norm: l1}\n").replace(
+            "from: robust", "from: baseline"
+        ),
+        "11:16",
+        "n_fgsm trains against linf",
+        "",
+    ),
+    **{
+        f"torchattacks.{name} with {parameter} {value}": (
+            change("[fgsm, pgd: {steps: 5}]", f"[torchattacks.{name}: {{{parameter}: {value}}}]"),
+            f"14:{13 + len('torchattacks.') + len(name) + 5 + len(parameter)}",
+            message,
+            "",
+        )
+        for name, parameter, value, message in [
+            ("PGD", "steps", "0", "steps: must be greater than 0, not 0"),
+            ("PGD", "steps", "-10", "steps: must be greater than 0, not -10"),
+            ("PGD", "alpha", "-2", "alpha: must be greater than 0, not -2.0"),
+            ("Square", "n_queries", "0", "n_queries: must be greater than 0"),
+            ("Square", "p_init", "1.5", "p_init: must be at most 1"),
+            ("Square", "loss", "bogus", "loss: 'bogus' is not one of ce, margin"),
+            ("MIFGSM", "decay", "-1", "decay: must be at least 0"),
+            ("Pixle", "pixel_mapping", "randon", "did you mean 'random'"),
+        ]
+    },
+    "a security curve below 0": (
+        change("evaluate:\n", "evaluate:\n  eps_curve: [0, -1]\n"),
+        "14:18",
+        "eps_curve.1: input should be greater than or equal to 0, not -1",
+        "",
+    ),
+    "a security curve in 255ths": (
+        change("evaluate:\n", "evaluate:\n  eps_curve: [0, 8]\n"),
+        "14:18",
+        "eps is in [0, 1] pixel units, not 8",
+        "did you mean 8/255?",
+    ),
     "an attack that names its own ball": (
         change("[fgsm, pgd: {steps: 5}]", "[torchattacks.PGD: {eps: 0.3}]"),
         "14:32",
@@ -222,6 +321,57 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(RecipeError, match=path.name):
             load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "clean(robust) >= 1",
+        "clean(robust) <= clean(baseline) + 100%",
+        "2 * clean(robust) >= 1.5",
+        "bytes(pruned) <= 20 kB",
+        "latency(pruned) <= 0.5 * latency(robust) + 2",
+        "sparsity(pruned) >= 79%",
+    ],
+)
+def test_gates_that_mean_what_they_say(gate: str) -> None:
+    assert parse_recipe(change("clean(baseline) >= 50%", gate)).gates[0].text == gate
+
+
+def test_ead_needs_ten_iterations() -> None:
+    text = change("[fgsm, pgd: {steps: 5}]", "[torchattacks.EADL1: {max_iterations: 5}]").replace("linf", "l1")
+    assert "max_iterations: must be at least 10, not 5" in problems_of(text.replace("[n_fgsm]", "[dropout]"))[0]
+
+
+def test_a_misspelt_norm_is_one_mistake() -> None:
+    text = change("linf", "lnif").replace("[fgsm,", "[torchattacks.PGDL2,")
+    assert len(problems_of(text)) == 1
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.yaml"
+    os.mkfifo(path)
+    with pytest.raises(RecipeError, match=r"pipe.yaml: a pipe or a device"):
+        load_recipe(path)
+
+
+def test_a_file_is_read_no_further_than_a_recipe_can_be_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever size it claims to have: files below /proc say 0."""
+    read: list[int] = []
+
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            assert size is not None
+            assert 0 < size <= MAX_BYTES + 1
+            read.append(size)
+            return b"x" * size
+
+    path = tmp_path / "endless.yaml"
+    path.touch()
+    monkeypatch.setattr(Path, "open", lambda *_: Endless())
+    with pytest.raises(RecipeError, match=r"endless.yaml: too large; .* 1,000,000 bytes"):
+        load_recipe(path)
+    assert read
 
 
 def answer(text: str, overrides: Sequence[str] = ()) -> str:

@@ -1,0 +1,69 @@
+"""What the classes of torchattacks refuse, by the table and their sources: said before anything runs, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustkit.attacks.torchattacks_table import EAD, EAD_LEAST, PROFILES
+from robustkit.errors import did_you_mean
+from robustkit.registry import Entry
+
+ABOVE_ZERO = frozenset({
+    "steps", "n_queries", "n_restarts", "restarts", "eot_iter", "max_iterations", "binary_search_steps",
+    "num_iter_set", "nb_iter", "nb_sample", "max_batch_size", "m", "N", "pixels", "popsize", "inf_batch",
+    "noise_batch_size", "batch_max", "len_kernel", "nsig", "alpha", "alpha_max", "lr", "delta", "c", "lam", "scale",
+    "gamma", "initial_const", "resize_rate", "p_init", "eps_for_division",
+})  # fmt: skip
+FROM_ZERO = frozenset({"std", "noise_sd", "overshoot", "kappa", "decay", "momentum", "diversity_prob", "prob", "rho"})
+UP_TO_ONE = frozenset({"diversity_prob", "prob", "p_init", "gamma", "rho"})
+TYPO = "guassian"
+"""As torchattacks spells it; both are taken."""
+CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("APGD", "loss"): ("ce", "dlr"),
+    ("AutoAttack", "version"): ("standard", "plus", "rand"),
+    ("PGDRS", "noise_type"): ("gaussian", TYPO, "uniform"),
+    ("PGDRSL2", "noise_type"): ("gaussian", TYPO, "uniform"),
+    ("Pixle", "pixel_mapping"): ("random", "similarity", "similarity_random", "distance", "distance_random"),
+    ("Square", "loss"): ("ce", "margin"),
+    ("TIFGSM", "kernel_name"): ("gaussian", "linear", "uniform"),
+    ("UPGD", "loss"): ("ce", "dlr", "margin"),
+}
+"""Texts that a class of torchattacks 3.5.1 knows; with another one it fails at its first step."""
+
+
+def refusal(entry: Entry) -> str | None:
+    """Return why a plugin cannot be used in a recipe at all; None where it can."""
+    profile = PROFILES.get(entry.attribute) if entry.origin == "torchattacks" else None
+    return profile.refused if profile else None
+
+
+def beyond_limits(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return each parameter whose value its class cannot work with, and what is wrong with it."""
+    if entry.origin != "torchattacks":
+        return []
+    found = [(name, _wrong(entry.attribute, name, value)) for name, value in values.items()]
+    return [(name, f"{name}: {message}") for name, message in found if message is not None]
+
+
+def _wrong(attack: str, name: str, value: object) -> str | None:
+    choices = CHOICES.get((attack, name))
+    if choices is not None and value not in choices:
+        shown = [choice for choice in choices if choice != TYPO]
+        return f"{value!r} is not one of {', '.join(shown)}" + _hint(value, shown)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if name in ABOVE_ZERO and not value > 0:
+        return f"must be greater than 0, not {value!r}"
+    if name in FROM_ZERO and not value >= 0:
+        return f"must be at least 0, not {value!r}"
+    if name in UP_TO_ONE and value > 1:
+        return f"must be at most 1, not {value!r}"
+    if attack in EAD and name == "max_iterations" and value < EAD_LEAST:
+        return f"must be at least {EAD_LEAST}, not {value!r}"
+    return None
+
+
+def _hint(value: object, choices: Sequence[str]) -> str:
+    close = did_you_mean(value, choices) if isinstance(value, str) else None
+    return f"; {close}" if close else ""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.evaluation.compare import budget_flags, compare_flags, subset_flags
+from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags, subset_flags
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
 from robustkit.report.pareto import mark_pareto
@@ -218,6 +218,8 @@ def _curves(plan: Plan, one: Evaluated) -> list[Curve]:
 def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags = [Flag.model_validate(flag) for flag in one.records["fit"].get("flags", [])]
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
+    records = {"clean": one.records["clean"], **one.attacks}
+    flags += finite_flags({label: int(record.get("not_finite", 0)) for label, record in records.items()})
     kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
     flags += compare_flags(one.correct, kinds)
     bounded = {label: record for label, record in one.attacks.items() if not record.get("minimum_norm")}

@@ -16,7 +16,7 @@ from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
 from robustkit.evaluation.checks import preflight
-from robustkit.evaluation.compare import budget_flags, compare_flags
+from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags
 from robustkit.evaluation.outcome import Outcome
 from robustkit.results import Flag, Rate
 
@@ -129,6 +129,7 @@ def _evaluation(
     correct = {"clean": clean.correct, **{label: outcome.correct for label, outcome in outcomes.items()}}
     worst = stats.worst_case(correct.values())
     flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
+    flags += finite_flags({"clean": clean.not_finite, **{name: one.not_finite for name, one in outcomes.items()}})
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
     minimum_norm = {label for label, (_, attack) in made.items() if getattr(attack, "minimum_norm", False)}
     flags += budget_flags({label: one.projected for label, one in outcomes.items() if label not in minimum_norm})

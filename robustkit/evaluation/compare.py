@@ -77,6 +77,23 @@ def budget_flags(projected: Mapping[str, int]) -> list[Flag]:
     ]
 
 
+def finite_flags(not_finite: Mapping[str, int]) -> list[Flag]:
+    """Return what logits that are not finite do to the figures; `not_finite`: examples by label, with `clean`."""
+    found = []
+    for label, count in not_finite.items():
+        if not count:
+            continue
+        if label == "clean":
+            message = f"logits of {count:,} test images are not finite and count as wrong: retrain the model"
+        else:
+            message = (
+                f"{label}: logits of {count:,} attacked images are not finite, which does not count as fooled; the "
+                "accuracy under this attack may be lower: look for what overflows in the model"
+            )
+        found.append(Flag(id="P8", severity="wrong" if label == "clean" else "doubt", message=message))
+    return found
+
+
 def subset_flags(gates: Iterable[GateResult], n: int) -> list[Flag]:
     """Return a doubt for each gate that n examples cannot decide: its two sides differ by less than the noise."""
     found = []

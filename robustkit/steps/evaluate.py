@@ -48,7 +48,7 @@ def clean_step(bench: Workbench, step: Step) -> None:
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
     )
-    _finish_outcome(bench, step, outcome)
+    _finish_outcome(bench, step, outcome, {"not_finite": outcome.not_finite})
 
 
 def attack_step(bench: Workbench, step: Step) -> None:

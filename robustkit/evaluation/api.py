@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustkit import registry, stats
 from robustkit.attacks.threat import Attack, Threat
+from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.errors import ModelError, UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
 from robustkit.evaluation.checks import preflight
@@ -236,7 +237,8 @@ def _one(item: AttackSpec) -> tuple[str, str, Attack]:
         if not callable(item):
             raise UsageError(f"{item!r} is no attack: a name, {{name: parameters}} or a callable is needed")
         name = type(item).__name__.lower()
-        return getattr(item, "label", None) or name, name, item
+        kind = f"torchattacks.{item.name}" if isinstance(item, TorchAttack) else name
+        return getattr(item, "label", None) or name, kind, item
     if len(item) != 1:
         raise UsageError("an attack is written {name: parameters}, one name each")
     name, given = next(iter(item.items()))

@@ -254,7 +254,7 @@ def _write_gallery(plan: Plan, store: Store, one: Evaluated) -> str | None:
     rows = np.arange(len(truth))
     chosen = {name: np.stack([arrays[name] for arrays in found])[choice, rows] for name in found[0]}
     delta = (chosen["adversarial"] - chosen["clean"].astype(np.float32) / 255).reshape(len(truth), -1)
-    chosen["norm"] = np.abs(delta).max(1) if plan.recipe.threat.norm == "linf" else np.linalg.norm(delta, axis=1)
+    chosen["norm"] = np.linalg.norm(delta, ord={"linf": np.inf, "l2": 2, "l1": 1}[plan.recipe.threat.norm], axis=1)
     name = f"arrays/{one.variant}-seed{one.seed}-gallery.npz"
     write_npz(store.folder / name, chosen)
     return name

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.evaluation.compare import budget_flags, compare_flags, subset_flags
+from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags, subset_flags
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
@@ -228,6 +228,8 @@ def _curves(plan: Plan, one: Evaluated) -> list[Curve]:
 def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags = [Flag.model_validate(flag) for flag in one.records["fit"].get("flags", [])]
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
+    records = {"clean": one.records["clean"], **one.attacks}
+    flags += finite_flags({label: int(record.get("not_finite", 0)) for label, record in records.items()})
     kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
     flags += compare_flags(one.correct, kinds)
     bounded = {label: record for label, record in one.attacks.items() if not record.get("minimum_norm")}
@@ -262,7 +264,7 @@ def _write_gallery(plan: Plan, store: Store, one: Evaluated) -> str | None:
     rows = np.arange(len(truth))
     chosen = {name: np.stack([arrays[name] for arrays in found])[choice, rows] for name in found[0]}
     delta = (chosen["adversarial"] - chosen["clean"].astype(np.float32) / 255).reshape(len(truth), -1)
-    chosen["norm"] = np.abs(delta).max(1) if plan.recipe.threat.norm == "linf" else np.linalg.norm(delta, axis=1)
+    chosen["norm"] = np.linalg.norm(delta, ord={"linf": np.inf, "l2": 2, "l1": 1}[plan.recipe.threat.norm], axis=1)
     name = f"arrays/{one.variant}-seed{one.seed}-gallery.npz"
     write_npz(store.folder / name, chosen)
     return name

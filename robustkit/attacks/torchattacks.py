@@ -31,6 +31,8 @@ class FrozenLogits(nn.Module):
         super().__init__()
         self.model = model
         self.positive = positive
+        # torchattacks leaves the model in training mode where it finds this wrapper in it.
+        self.training = model.training
         self.place = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from robustkit import registry, stats
 from robustkit.attacks.threat import Attack, Threat
-from robustkit.errors import UsageError
+from robustkit.attacks.torchattacks import TorchAttack
+from robustkit.errors import ModelError, UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
 from robustkit.evaluation.checks import preflight
-from robustkit.evaluation.compare import budget_flags, compare_flags
+from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags
 from robustkit.evaluation.outcome import Outcome
 from robustkit.results import Flag, Rate
 
 AttackSpec = str | Mapping[str, Mapping[str, Any] | Attack | None] | Attack
 Model = nn.Module | Callable[[Tensor], Tensor]
+OTHER_TYPES = (torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(repr=False)
@@ -68,6 +70,37 @@ class _Called(nn.Module):
         return self.function(x)
 
 
+class _Typed(nn.Module):
+    """A model of another floating type between float32 images and float32 logits."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.model(x.to(self.dtype))
+        return logits.float() if isinstance(logits, Tensor) else logits
+
+
+def _as_module(model: Model) -> nn.Module:
+    """Return a model as a module that takes float32 images; its type is that of its first floating parameter.
+
+    Raises:
+        ModelError: no gradient goes through its parameters.
+    """
+    if not isinstance(model, nn.Module):
+        return _Called(model).eval()
+    if any(one.is_inference() for one in model.parameters()):
+        raise ModelError(
+            "the model was made or loaded under torch.inference_mode(), where no gradient goes through its parameters: "
+            "make it outside, or under torch.no_grad()"
+        )
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    return _Typed(model, dtype) if dtype in OTHER_TYPES else model
+
+
 def evaluate(
     model: Model,
     x: Tensor | NDArray[Any],
@@ -84,19 +117,31 @@ def evaluate(
     eval mode, on the device of its parameters, `batch_size` examples at a time. x (N, ...): floats in [0, 1] or
     uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), objects with the
     Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when
-    an attack raises.
+    an attack raises. A model in float16, bfloat16 or float64 gets the images in its own type. Under
+    `torch.inference_mode()` the attacks have their gradients all the same.
 
     Raises:
         UsageError: images outside [0, 1], labels that do not fit, an unknown attack or parameter.
-        ModelError: the model returns no logits.
+        ModelError: the model returns no logits, or was made under `torch.inference_mode()`.
         AttackError: an attack cannot run on this model or threat.
     """
-    module = model if isinstance(model, nn.Module) else _Called(model).eval()
-    images, labels = _checked(x, y, threat)
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
+    with torch.inference_mode(False):
+        images, labels = _checked(x, y, threat)
+        return _evaluated(_as_module(model), images, labels, threat, make_attacks(attacks), seed, batch_size)
+
+
+def _evaluated(
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    made: Mapping[str, tuple[str, Attack]],
+    seed: int,
+    batch_size: int,
+) -> Evaluation:
     device = next((one.device for one in module.parameters()), images.device)
-    made = make_attacks(attacks)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
     outcomes: dict[str, Outcome] = {}
     for label, (_, attack) in made.items():
@@ -129,6 +174,7 @@ def _evaluation(
     correct = {"clean": clean.correct, **{label: outcome.correct for label, outcome in outcomes.items()}}
     worst = stats.worst_case(correct.values())
     flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
+    flags += finite_flags({"clean": clean.not_finite, **{name: one.not_finite for name, one in outcomes.items()}})
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
     minimum_norm = {label for label, (_, attack) in made.items() if getattr(attack, "minimum_norm", False)}
     flags += budget_flags({label: one.projected for label, one in outcomes.items() if label not in minimum_norm})
@@ -147,7 +193,8 @@ def _evaluation(
 
 
 def _checked(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
-    images, labels = torch.as_tensor(x), torch.as_tensor(y)
+    # Outside inference mode its tensors take no part in a backward; a clone does.
+    images, labels = (one.clone() if one.is_inference() else one for one in map(torch.as_tensor, (x, y)))
     if images.dim() < 2:
         raise UsageError(f"images are {tuple(images.shape)}; one row an example (N, ...) is needed")
     if images.dtype != torch.uint8:
@@ -190,7 +237,8 @@ def _one(item: AttackSpec) -> tuple[str, str, Attack]:
         if not callable(item):
             raise UsageError(f"{item!r} is no attack: a name, {{name: parameters}} or a callable is needed")
         name = type(item).__name__.lower()
-        return getattr(item, "label", None) or name, name, item
+        kind = f"torchattacks.{item.name}" if isinstance(item, TorchAttack) else name
+        return getattr(item, "label", None) or name, kind, item
     if len(item) != 1:
         raise UsageError("an attack is written {name: parameters}, one name each")
     name, given = next(iter(item.items()))

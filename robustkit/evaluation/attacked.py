@@ -19,6 +19,8 @@ from robustkit.seeding import derive_seed
 
 RELATIVE_SLACK = 1e-4
 ABSOLUTE_SLACK = 1e-6
+NO_CLASS = -1
+"""The prediction from logits that are not finite."""
 Progress = Callable[[int, int], None]
 
 
@@ -51,7 +53,7 @@ def distances(delta: Tensor, norm: str) -> Tensor:
 
 
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, device: torch.device) -> Outcome:
-    """Return the outcome without an attack.
+    """Return the outcome without an attack. Logits that are not finite are wrong, whatever the label.
 
     Raises:
         ModelError: the model does not return logits (N, classes) with at least two classes.
@@ -65,7 +67,7 @@ def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, de
             images = as_images(x[first : first + batch_size].to(device))
             logits = checked_logits(model(images), len(images))
             classes = logits.shape[1]
-            predictions.append(logits.argmax(1))
+            predictions.append(predicted(logits))
     prediction = torch.cat(predictions).cpu() if predictions else torch.zeros(0, dtype=torch.int64)
     if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
         raise UsageError(
@@ -78,7 +80,14 @@ def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, de
         forwards=len(y),
         backwards=0,
         seconds=time.perf_counter() - started,
+        not_finite=int((prediction == NO_CLASS).sum()),
     )
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """Return the likeliest class (N,) of logits (N, classes), NO_CLASS where a logit is not finite."""
+    # The argmax of NaN is a class like any other: it would be right for that class.
+    return logits.argmax(1).where(torch.isfinite(logits).all(1), NO_CLASS)
 
 
 def checked_logits(logits: object, count: int) -> Tensor:
@@ -114,7 +123,9 @@ def attack_outcome(
     """Return the outcome of an attack on the examples that the model gets right without it.
 
     A result counts only if it is finite, within eps (1 + 1e-4) + 1e-6 and in [0, 1], and if the model, asked once more,
-    is wrong on it. Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
+    is wrong on it. Logits that are not finite are no answer: the attack did not fool that example, its clean image and
+    prediction are kept, and the outcome counts it.
+    Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
     `keep`: how many of the first examples' images the outcome holds.
 
@@ -128,6 +139,7 @@ def attack_outcome(
         prediction=torch.from_numpy(clean.prediction.copy()),
         distance=torch.zeros(len(y)),
         projected=torch.zeros((), dtype=torch.int64, device=device),
+        not_finite=torch.zeros((), dtype=torch.int64, device=device),
         images=as_images(x[:keep].to("cpu")).clone(),
     )
     with undisturbed(model), torch.enable_grad():
@@ -143,8 +155,8 @@ def attack_outcome(
             found, length, outside = audited(found, images, budget, label)
             counted.eval()
             with torch.no_grad():
-                answer = counted(found).argmax(1)
-            seen.add(index, found, answer, length, outside)
+                answer = predicted(counted(found))
+            seen.add(index, images, found, answer, length, outside)
             if on_progress is not None:
                 on_progress(min(first + batch_size, len(todo)), len(todo))
     return Outcome(
@@ -155,6 +167,7 @@ def attack_outcome(
         backwards=counted.backwards,
         seconds=time.perf_counter() - started,
         projected=int(seen.projected),
+        not_finite=int(seen.not_finite),
         adversarial=seen.images if keep else None,
     )
 
@@ -166,14 +179,21 @@ class _Seen:
     prediction: Tensor
     distance: Tensor
     projected: Tensor
+    not_finite: Tensor
     images: Tensor
 
-    def add(self, index: Tensor, found: Tensor, answer: Tensor, length: Tensor, outside: Tensor) -> None:
-        """Take in the batch of the examples at `index`."""
+    def add(
+        self, index: Tensor, images: Tensor, found: Tensor, answer: Tensor, length: Tensor, outside: Tensor
+    ) -> None:
+        """Take in the batch of the examples at `index`: clean images, what was found, and the model's answer to it."""
         self.projected += outside
-        self.prediction[index], self.distance[index] = answer.cpu(), length.cpu()
+        answered = answer != NO_CLASS
+        self.not_finite += (~answered).sum()
+        self.prediction[index] = torch.where(answered.cpu(), answer.cpu(), self.prediction[index])
+        self.distance[index] = length.cpu()
         shown = index < len(self.images)
-        self.images[index[shown]] = found[shown.to(found.device)].cpu()
+        kept = torch.where(answered.view(-1, *[1] * (found.dim() - 1)), found, images)
+        self.images[index[shown]] = kept[shown.to(found.device)].cpu()
 
 
 def generator_for(attack: Attack, seed: int, label: str, first: int, device: torch.device) -> torch.Generator:

@@ -19,6 +19,7 @@ class Outcome:
     correct: NDArray[np.bool_]
     """Whether the model is still right."""
     prediction: NDArray[np.int64]
+    """-1 where the logits without an attack are not finite: such an example is wrong."""
     distance: NDArray[np.float32]
     """Distance of the image that the attack returned, in the threat's norm, also where it did not count.
 
@@ -29,6 +30,8 @@ class Outcome:
     seconds: float
     projected: int = 0
     """Results that left the ball or were not finite, and so did not count."""
+    not_finite: int = 0
+    """Examples whose logits were not finite: wrong without an attack, not fooled by one."""
     adversarial: Tensor | None = None
     """The adversarial images of the first examples, where they were asked for."""
 

@@ -8,23 +8,23 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """Give the model in eval mode with frozen parameters; restore it afterwards, also when an attack raises.
 
-    Restored: the mode of each module, requires_grad, gradients, buffers, and the global generators of torch (CPU and
-    CUDA), numpy and Python. Meanwhile no parameter has a gradient, so that an attack that calls `backward` or
-    `zero_grad` does not write into the caller's.
+    Restored: the mode of each module, requires_grad, gradients, buffers, tensors that are plain attributes, and the
+    global generators of torch (CPU and CUDA), numpy and Python. Meanwhile no parameter has a gradient, so that an
+    attack that calls `backward` or `zero_grad` does not write into the caller's.
     """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(one, one.requires_grad, one.grad) for one in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
+    tensors = [
+        (module, name, tensor, tensor.detach().clone())
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, tensor in _tensors_of(module)
     ]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
@@ -41,9 +41,11 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(required)
             parameter.grad = gradient
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                buffer.copy_(value)
-                setattr(module, name, buffer)
+            for module, name, tensor, value in tensors:
+                # Writing the same values again would spoil a backward that still needs this tensor.
+                if not _equal(tensor, value):
+                    tensor.copy_(value)
+                setattr(module, name, tensor)
         for module, training in modes:
             module.training = training
         torch.set_rng_state(torch_state)
@@ -51,3 +53,16 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
             torch.cuda.set_rng_state_all(cuda_states)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield buffers and plain attributes, such as the weight that pruning and old-style spectral norm set in a hook."""
+    yield from module.named_buffers(recurse=False)
+    yield from [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    if tensor.is_meta:
+        return True
+    # Sparse tensors cannot be compared.
+    return tensor.layout == torch.strided and torch.equal(tensor, value)

@@ -49,7 +49,7 @@ def clean_step(bench: Workbench, step: Step) -> None:
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
     )
-    _finish_outcome(bench, step, outcome)
+    _finish_outcome(bench, step, outcome, {"not_finite": outcome.not_finite})
 
 
 def attack_step(bench: Workbench, step: Step) -> None:
@@ -117,6 +117,7 @@ def _finish_outcome(
         "backwards": outcome.backwards,
         "seconds": outcome.seconds,
         "projected": outcome.projected,
+        "not_finite": outcome.not_finite,
         **(extra or {}),
     }
     bench.store.finish(step.key, record, files)

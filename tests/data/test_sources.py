@@ -171,6 +171,29 @@ def test_image_folder_with_train_and_test(image_folder: Path) -> None:
     assert load("image_folder", root=str(image_folder), channels="gray").shape == (1, 7, 9)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train",), "has train/ but no test/; add test/"),
+        (("test",), "has test/ but no train/; add train/"),
+        (("train", "val"), "has train/ and val/ but no test/; rename val/ to test/"),
+        (("train", "other"), "has train/ but no test/"),
+    ],
+)
+def test_half_a_layout_is_no_pair_of_classes(names: tuple[str, ...], message: str, image_folder: Path) -> None:
+    root = image_folder.with_name("half")
+    for name in names:
+        shutil.copytree(image_folder / "train", root / name)
+    with pytest.raises(DataError, match=message) as caught:
+        load("image_folder", root=str(root))
+    assert str(root) in str(caught.value)
+
+
+def test_a_class_may_be_called_train(image_folder: Path) -> None:
+    (image_folder / "train" / "cat").rename(image_folder / "train" / "train")
+    assert load("image_folder", root=str(image_folder / "train")).classes == ("dog", "train")
+
+
 def test_one_folder_is_split_by_content(image_folder: Path, tmp_path: Path) -> None:
     """Renaming and moving images moves none from one split to the other."""
 

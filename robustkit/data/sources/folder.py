@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 MODES = {"gray": "L", "rgb": "RGB"}
+VALIDATION = ("val", "valid", "validation")
+"""What other layouts call a held-out split."""
 Item = tuple[Path, int]
 
 
@@ -71,7 +73,7 @@ class ImageFolder:
         base = Path(self.root).expanduser()
         if not base.is_dir():
             raise DataError(f"{base}: there is no such folder")
-        if (base / "train").is_dir() and (base / "test").is_dir():
+        if _has_both_splits(base):
             classes, train = _items(base / "train")
             others, test = _items(base / "test")
             if classes != others:
@@ -100,6 +102,26 @@ class ImageFolder:
         return out
 
 
+def _has_both_splits(base: Path) -> bool:
+    """Say whether the folder is laid out as train/ and test/; one of them alone is an error, not a class."""
+    found = [name for name in ("train", "test") if (base / name).is_dir()]
+    # A class may well be called "train", but then its images lie right in it.
+    if len(found) != 1 or any(_is_image(entry.name) for entry in (base / found[0]).iterdir()):
+        return len(found) == 2
+    missing = "test" if found == ["train"] else "train"
+    other = next((name for name in VALIDATION if missing == "test" and (base / name).is_dir()), None)
+    has = f"{found[0]}/ and {other}/" if other else f"{found[0]}/"
+    what = f"rename {other}/ to test/" if other else f"add {missing}/"
+    raise DataError(
+        f"{base}: has {has} but no {missing}/; {what}, or set `root` to {base / found[0]} to have it split in two"
+        + (" (the validation split is cut from train/)" if other else "")
+    )
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
 def _items(folder: Path) -> tuple[tuple[str, ...], list[Item]]:
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
@@ -107,10 +129,7 @@ def _items(folder: Path) -> tuple[tuple[str, ...], list[Item]]:
     items: list[Item] = []
     for label, name in enumerate(classes):
         files = sorted(
-            Path(where, file)
-            for where, _, names in os.walk(folder / name)
-            for file in names
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+            Path(where, file) for where, _, names in os.walk(folder / name) for file in names if _is_image(file)
         )
         if not files:
             raise DataError(f"{folder / name}: holds no images ({', '.join(sorted(EXTENSIONS))})")

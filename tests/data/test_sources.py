@@ -257,6 +257,31 @@ def test_a_spoilt_image_is_named(spoil: object, message: str, image_folder: Path
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", ["auto", "gray", "rgb"])
+def test_16_bit_gray_images_are_scaled(channels: str, suffix: str, tmp_path: Path) -> None:
+    values = np.array([[0, 257, 1000, 32768, 65278, 65535]] * 2, dtype=np.uint16)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            pixels = values + np.uint16(number)
+            pixels[values == 65535] = 65535
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.{suffix}")
+    data = load("image_folder", root=str(tmp_path), test=0.5, channels=channels)
+    assert data.shape[0] == (3 if channels == "rgb" else 1)
+    for image in (*data.train.images, *data.test.images):
+        assert image[0, 0].tolist() == [0, 1, 4, 128, 254, 255]
+
+
+@pytest.mark.parametrize(("kind", "message"), [(np.int32, "32-bit"), (np.float32, "floats")])
+def test_images_without_a_known_range_are_refused(kind: type, message: str, image_folder: Path) -> None:
+    path = image_folder / "train" / "dog" / "5.tif"
+    Image.fromarray(np.zeros((7, 9), dtype=kind)).save(path)
+    with pytest.raises(DataError, match=message) as caught:
+        load("image_folder", root=str(image_folder))
+    assert str(path) in str(caught.value)
+
+
 def test_a_truncated_jpeg_is_named(image_folder: Path) -> None:
     path = image_folder / "test" / "cat" / "9.jpg"
     Image.fromarray(RANDOM.integers(0, 256, (7, 9, 3), dtype=np.uint8)).save(path, quality=95)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 MODES = {"gray": "L", "rgb": "RGB"}
+SIXTEEN_BITS = "I;16"
+UNBOUNDED = ("I", "F")
+"""Pillow's modes whose pixels have no largest value that stands for white."""
 VALIDATION = ("val", "valid", "validation")
 """What other layouts call a held-out split."""
 Item = tuple[Path, int]
@@ -163,13 +166,25 @@ def _image(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if image.mode in UNBOUNDED:
+                    kind = "32-bit whole numbers" if image.mode == "I" else "floats"
+                    raise DataError(f"{path}: its pixels are {kind} without a known range; save it with 8 or 16 bits")
                 yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: not an image, or a broken one: {error}") from error
 
 
 def _is_gray(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "I;16")
+    return image.mode in ("1", "L") or image.mode.startswith(SIXTEEN_BITS)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a 16-bit gray image scaled to 8 bits (Pillow would clip it at 255), any other one as it is."""
+    from PIL import Image
+
+    if not image.mode.startswith(SIXTEEN_BITS):
+        return image
+    return Image.fromarray(np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8))
 
 
 def _mode(path: Path) -> str:
@@ -186,7 +201,8 @@ def _open(
             raise DataError(
                 f"{path}: a {kinds[0]} image among {kinds[1]} ones; set `channels: rgb` or `channels: gray`"
             )
-        converted = image if image.mode == mode else image.convert(mode)
+        eight = _eight_bits(image)
+        converted = eight if eight.mode == mode else eight.convert(mode)
         array = np.asarray(scaled(converted, size), dtype=np.uint8)
     if shape is not None and array.shape[:2] != tuple(shape):
         raise DataError(

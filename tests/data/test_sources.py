@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import hashlib
 import io
 import pickle
 import shutil
@@ -396,6 +397,23 @@ def test_equal_content_has_an_equal_fingerprint_wherever_it_lies(image_folder: P
     path = copy / "train" / "cat" / "1.png"
     Image.fromarray(np.zeros((7, 9, 3), dtype=np.uint8)).save(path)
     assert key(copy) != key(image_folder)
+
+
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_a_second_look_at_the_same_files_reads_none_of_them(
+    layout: str, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use = Use(name="image_folder", parameters={"root": str(image_folder / layout)}, label="d")
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (read.append(file.name), digest(file, kind))[1])
+    first = fingerprint(use)
+    assert len(read) == len(set(read)) == (24 if layout else 32), "each file is read once"
+    assert fingerprint(use) == first
+    assert len(read) == len(set(read))
+    path = image_folder / "train" / "cat" / "1.png"
+    path.write_bytes((image_folder / "train" / "dog" / "1.png").read_bytes())
+    assert fingerprint(use) != first
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit.data.arrays import Arrays, Images, limited, scaled, subset
-from robustkit.data.content import content_hash, file_hash
+from robustkit.data.content import content_hash, file_hashes
 from robustkit.errors import DataError
 from robustkit.params import Fraction, PathStr, PositiveInt
 
@@ -142,8 +142,7 @@ def _items(folder: Path) -> tuple[tuple[str, ...], list[Item]]:
 
 def _split(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
     """Split each class by the hash of its images' content: moving or renaming a file moves no image across."""
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        hashes = list(pool.map(lambda item: file_hash(item[0]), items))
+    hashes = file_hashes([path for path, _ in items])
     train: list[Item] = []
     test: list[Item] = []
     for label in sorted({label for _, label in items}):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustkit.data.arrays import Arrays, checked, limited, resized, stratified
+from robustkit.data.arrays import Arrays, Source, checked, limited, resized, stratified
 from robustkit.data.cache import cached
 from robustkit.data.fingerprint import fingerprint, source_of
 from robustkit.data.split import Dataset, Split, split_of
@@ -33,7 +33,7 @@ def load_dataset(
     source = source_of(use, folder)
 
     def read() -> Arrays:
-        arrays = checked(source.read(), f"data {use.name}")
+        arrays = checked(source.read(), _where(use, source))
         return _prepared(arrays, source.size, source.limit)
 
     arrays = cached(key, read, cache)
@@ -49,6 +49,12 @@ def load_dataset(
         mean=mean,
         std=std,
     )
+
+
+def _where(use: Use, source: Source) -> str:
+    """Return what a message calls the data: the source's name, and its file or folder where it has one."""
+    place = getattr(source, "path", None) or getattr(source, "root", None)
+    return f"data {use.name}" if place is None else f"data {use.name}: {Path(place).expanduser()}"
 
 
 def _prepared(arrays: Arrays, size: int | None, limit: int | None) -> Arrays:

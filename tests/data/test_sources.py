@@ -141,7 +141,7 @@ def test_broken_idx_files_are_named(file: str, change: object, message: str, idx
         path.write_bytes(change(path.read_bytes()))  # type: ignore[operator]
     with pytest.raises(DataError, match=message) as caught:
         load("mnist", root=str(idx_folder))
-    assert file in str(caught.value) or "labels lie in" in str(caught.value)
+    assert (str(idx_folder) if message == "labels lie in" else file) in str(caught.value)
 
 
 def test_a_truncated_gzip_is_named(idx_folder: Path) -> None:
@@ -331,6 +331,9 @@ def test_npz(tmp_path: Path) -> None:
         ({"x_test": np.zeros((9, 5, 5, 3), dtype=np.uint8)}, "train images are"),
         ({"x_test": np.zeros((9, 4), dtype=np.uint8)}, "shape"),
         ({"y_train": np.array([print] * 30, dtype=object)}, "plain arrays"),
+        ({"y_train": np.arange(29) % 3}, "30 train images but 29 labels"),
+        ({"x_test": np.zeros((0, 6, 6, 3), dtype=np.uint8), "y_test": np.zeros(0, dtype=int)}, "no test images"),
+        ({"y_train": np.zeros(30, dtype=int), "y_test": np.zeros(9, dtype=int)}, "1 class"),
     ],
 )
 def test_an_npz_that_makes_no_sense_is_named(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -338,7 +341,7 @@ def test_an_npz_that_makes_no_sense_is_named(changes: dict[str, object], message
     np.savez(path, **arrays(**changes))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=message) as caught:
         load("npz", path=str(path))
-    assert "data.npz" in str(caught.value) or "npz" in str(caught.value)
+    assert str(path) in str(caught.value)
 
 
 class Evil:

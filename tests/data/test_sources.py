@@ -121,6 +121,13 @@ def test_the_four_idx_files_gzipped_or_not(name: str, zipped: bool, idx_folder: 
     assert len(data.classes) == 10
 
 
+def test_two_sources_of_the_same_files_keep_their_own_class_names(idx_folder: Path) -> None:
+    fashion, digits = load("fashion_mnist", root=str(idx_folder)), load("mnist", root=str(idx_folder))
+    assert fashion.classes[0] == "T-shirt/top"
+    assert digits.classes[0] == "0"
+    assert fashion.fingerprint != digits.fingerprint
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

@@ -12,6 +12,7 @@ from robustkit.data.arrays import Arrays, Source, checked, limited, resized, str
 from robustkit.data.cache import cached
 from robustkit.data.fingerprint import fingerprint, source_of
 from robustkit.data.split import Dataset, Split, split_of
+from robustkit.errors import DataError
 from robustkit.recipe.spec import Use
 
 VALIDATION_SEED = 20_260_101
@@ -27,7 +28,7 @@ def load_dataset(
     on the run's seed. Decoded data are cached under `cache` (default: ROBUSTKIT_CACHE or the user's cache folder).
 
     Raises:
-        DataError: a file is missing or broken; the message names it.
+        DataError: a file is missing or broken; the message names it. Or there are too few images to hold any out.
     """
     key = fingerprint(use, folder=folder)
     source = source_of(use, folder)
@@ -38,6 +39,11 @@ def load_dataset(
 
     arrays = cached(key, read, cache)
     kept, cut = stratified(np.asarray(arrays.train_labels), validation, VALIDATION_SEED)
+    if not len(cut):
+        raise DataError(
+            f"{_where(use, source)}: {len(kept)} training images, no two of one class: none can be held out for "
+            f"validation; {'raise `limit`' if source.limit else 'add images'}"
+        )
     train = _split(arrays.train_images, arrays.train_labels, kept)
     mean, std = channel_statistics(train)
     return Dataset(

@@ -100,6 +100,12 @@ def test_size_and_limit() -> None:
     )
 
 
+def test_a_limit_that_leaves_nothing_to_validate_on_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"2 training images, no two of one class.*raise `limit`"):
+        load("digits", limit=2)
+    assert len(load("digits", limit=12).validation) == 2
+
+
 def test_channel_statistics_are_those_of_the_training_images() -> None:
     data = load("digits")
     pixels = data.train.images.double() / 255

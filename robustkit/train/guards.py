@@ -36,7 +36,8 @@ class Guards:
 
     def judge(self, row: EpochRow, earlier: Sequence[EpochRow]) -> Verdict:
         """Return what an epoch shows, given the epochs before it."""
-        if not math.isfinite(row.loss):
+        # The last step of an epoch shows only on held-out data: its own loss was taken before the weights moved.
+        if not math.isfinite(row.loss) or not math.isfinite(row.validation_loss or 0.0):
             return "diverged"
         if is_stuck(row, earlier, self.classes, self.epochs):
             return "stuck"

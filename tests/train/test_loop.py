@@ -205,6 +205,12 @@ def test_three_returns_are_enough(digits: Dataset) -> None:
         train(digits, [("poison", Poison(range(1, 100)))])
 
 
+def test_weights_that_a_last_step_made_infinite_are_seen(digits: Dataset) -> None:
+    given: dict[str, Any] = {"epochs": 1, "batch_size": 360, "schedule": use("constant")}
+    with pytest.raises(TrainingError, match=r"validation loss not finite.*lower train\.optimizer's lr"):
+        train(digits, optimizer=use("sgd", lr=1e30, momentum=0.0), **given)
+
+
 class Constant0(nn.Module):
     """Predicts class 0 whatever it sees."""
 
@@ -238,6 +244,8 @@ def test_the_rules_of_the_guards() -> None:
     assert guards.judge(row(0, 0.0, 0.9), []) == "ok", "nothing to fall from"
     nan = row(1, 0.3, 0.3).model_copy(update={"loss": float("nan")})
     assert guards.judge(nan, healthy) == "diverged"
+    held_out = row(1, 0.3, 0.3).model_copy(update={"validation_loss": float("inf")})
+    assert guards.judge(held_out, healthy) == "diverged"
     chance = EpochRow(epoch=1, loss=2.3026, train_accuracy=0.1, clean=0.1)
     learning = EpochRow(epoch=1, loss=2.2, train_accuracy=0.15, clean=0.2)
     assert guards.judge(chance, [chance]) == "stuck"

@@ -325,6 +325,18 @@ def test_the_best_epoch_is_chosen_by_attacked_accuracy_where_a_defense_attacks(
     assert not same(found.model.state_dict(), found.last_state), "best and last are both kept"
 
 
+def test_select_robust_attacks_without_a_defense_that_does(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = train(digits, epochs=2, select="robust", threat=Threat("linf", 0.02))
+    assert all(row.robust is not None for row in found.epochs)
+    # A fall of this kind is catastrophic overfitting only where training attacks.
+    answers = iter([(0.3, 0.4), (0.5, 0.6), (0.1, 0.9), (0.2, 0.9)])
+    monkeypatch.setattr("robustkit.train.loop.robust_accuracy", lambda *_, **__: next(answers))
+    found = train(digits, epochs=4, select="robust")
+    assert found.best_epoch == 1
+    assert found.flags == []
+    assert len(found.epochs) == 4
+
+
 def test_no_epoch_is_chosen_before_the_schedule_is_done(digits: Dataset) -> None:
     found = train(digits, [("masks", keeper())], epochs=4)
     assert found.best_epoch >= 2

@@ -49,7 +49,7 @@ def build_inner(
     entry = registry.find("model", use.name, folder=folder, plugins=plugins)
     builder = registry.load(entry)
     if entry.origin == "torchvision":
-        model = builder(weights=None, num_classes=classes, **use.parameters)
+        model = _torchvision(builder, use, classes)
         return Repeated(model) if shape[0] == 1 else model
     context = {"shape": shape, "classes": classes, "num_classes": classes, "in_channels": shape[0]}
     asked = _arguments(builder)
@@ -58,6 +58,18 @@ def build_inner(
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {use.name!r} makes a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _torchvision(builder: Callable[..., nn.Module], use: Use, classes: int) -> nn.Module:
+    """Return a model of torchvision, its weights by torch's seed.
+
+    Raises:
+        ModelError: it cannot be made with these parameters.
+    """
+    try:
+        return builder(weights=None, num_classes=classes, **use.parameters)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"model {use.name} cannot be made with {use.parameters}: {error}") from error
 
 
 def _arguments(builder: Callable[..., Any]) -> set[str]:
@@ -85,7 +97,7 @@ def check_fit(model: nn.Module, shape: Shape, classes: int, name: str) -> None:
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, *shape))
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
         label, size = entered[-1] if entered else ("the first", shape)
         kind = dict(leaves).get(label)
         raise ModelError(

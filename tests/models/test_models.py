@@ -214,6 +214,18 @@ def test_a_model_that_does_not_fit_names_the_layer_and_the_sizes(tmp_path: Path)
         build("small_cnn", (1, 3, 3))
 
 
+def test_a_misfit_of_torchvision_is_told_like_any_other() -> None:
+    with pytest.raises(ModelError, match=r"vit_b_16 does not fit images of \(3, 32, 32\).*Wrong image height"):
+        build("torchvision.vit_b_16")
+    with pytest.raises(ModelError, match=r"vit_b_16 cannot be made with {'image_size': 33}"):
+        build("torchvision.vit_b_16", image_size=33)
+
+
+def test_small_cnn_without_widths_says_so() -> None:
+    with pytest.raises(ModelError, match="`widths` is empty"):
+        build("small_cnn", (1, 8, 8), widths=[])
+
+
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"

@@ -16,6 +16,10 @@ from robustkit.models.normalized import Normalized, Repeated
 from robustkit.recipe.spec import Use
 
 Shape = tuple[int, int, int]
+SINGLE_OUTPUT: dict[str, dict[str, bool]] = {
+    name: {"aux_logits": False, "init_weights": True} for name in ("torchvision.googlenet", "torchvision.inception_v3")
+}
+"""Models that return auxiliary outputs in training, which no loss takes here; they warn of their first weights too."""
 
 
 def build_model(
@@ -67,7 +71,8 @@ def _torchvision(builder: Callable[..., nn.Module], use: Use, classes: int) -> n
         ModelError: it cannot be made with these parameters.
     """
     try:
-        return builder(weights=None, num_classes=classes, **use.parameters)
+        given = {**SINGLE_OUTPUT.get(use.name, {}), **use.parameters}
+        return builder(weights=None, num_classes=classes, **given)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"model {use.name} cannot be made with {use.parameters}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_every_model(name: str, shape: tuple[int, int, int], given: dict[str, ob
         channels_last = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.testing.assert_close(channels_last(x), loaded(x), rtol=1e-4, atol=1e-5)
     assert model.to("meta")(torch.empty(2, *shape, device="meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+def test_models_with_auxiliary_outputs_train_without_them(name: str, side: int, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build(f"torchvision.{name}", (3, side, side), 7).train()
+    logits = model(torch.rand(2, 3, side, side))
+    assert isinstance(logits, Tensor)
+    nn.functional.cross_entropy(logits, torch.arange(2)).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    path = tmp_path / "model.safetensors"
+    save_model(model, path, use(f"torchvision.{name}"), shape=(3, side, side), classes=tuple("abcdefg"))
+    x = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(load_model(path)(x), model.eval()(x))
 
 
 def test_every_built_in_model_is_in_the_table() -> None:

@@ -12,7 +12,7 @@ from robustkit.signatures import Parameter
 
 
 def check_values(
-    known: tuple[Parameter, ...], given: Mapping[str, Any], *, open_ended: bool = False
+    known: tuple[Parameter, ...], given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the checked values, and for each mistake the parameter's name and what is wrong with it."""
     by_name = {parameter.name: parameter for parameter in known}
@@ -20,10 +20,7 @@ def check_values(
     problems: list[tuple[str, str]] = []
     for name, value in given.items():
         if name not in by_name:
-            if open_ended:
-                clean[name] = value
-            else:
-                problems.append((name, _unknown(name, by_name)))
+            problems.append((name, _unknown(name, by_name)))
             continue
         try:
             clean[name] = _adapter(by_name[name].type).validate_python(value)

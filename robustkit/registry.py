@@ -166,6 +166,10 @@ def parameters(entry: Entry) -> tuple[Parameter, ...]:
         return parameters_of_object(_registered.objects[entry.kind, entry.name])
     if entry.file is None:
         return ()
+    if entry.origin == "torchvision":
+        from robustkit.models.torchvision_signatures import builder_parameters
+
+        return builder_parameters(entry.file, entry.attribute)
     found = read_parameters(entry.file, entry.attribute, untyped=entry.origin != "builtin")
     if entry.origin == "torchattacks":
         from robustkit.attacks.torchattacks_table import FIXED_BY_ROBUSTKIT
@@ -176,7 +180,12 @@ def parameters(entry: Entry) -> tuple[Parameter, ...]:
 
 def check_parameters(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the parameters as the plugin takes them, and for each mistake its parameter and what is wrong."""
-    return check_values(parameters(entry), given, open_ended=entry.origin == "torchvision")
+    clean, mistakes = check_values(parameters(entry), given)
+    if entry.origin == "torchvision":
+        from robustkit.models.torchvision_signatures import WEIGHTS
+
+        mistakes = [(name, WEIGHTS if name == "weights" else what) for name, what in mistakes]
+    return clean, mistakes
 
 
 def load(entry: Entry) -> Any:  # noqa: ANN401

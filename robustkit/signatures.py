@@ -64,7 +64,8 @@ def _parse(path: Path) -> ast.Module:
     return _tree(path, (stat.st_mtime_ns, stat.st_size))
 
 
-def _definition(path: Path, name: str) -> ast.ClassDef | ast.FunctionDef | None:
+def definition(path: Path, name: str) -> ast.ClassDef | ast.FunctionDef | None:
+    """Return the class or function of this name at the top of a file."""
     for node in _parse(path).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return node
@@ -73,7 +74,7 @@ def _definition(path: Path, name: str) -> ast.ClassDef | ast.FunctionDef | None:
 
 def read_summary(path: Path, name: str) -> str | None:
     """Return the first docstring line of a class or function; "" without one; None where it is not defined."""
-    node = _definition(path, name)
+    node = definition(path, name)
     if node is None:
         return None
     return (ast.get_docstring(node) or "").strip().partition("\n")[0]
@@ -100,7 +101,7 @@ def functions_of(path: Path, decorator: str) -> tuple[str, ...]:
 
 def hooks_of(path: Path, name: str) -> tuple[str, ...]:
     """Return the names of the methods that a class defines itself."""
-    node = _definition(path, name)
+    node = definition(path, name)
     if not isinstance(node, ast.ClassDef):
         return ()
     return tuple(item.name for item in node.body if isinstance(item, ast.FunctionDef))
@@ -111,7 +112,7 @@ def read_parameters(path: Path, name: str, *, untyped: bool = False) -> tuple[Pa
 
     `untyped`: where an argument has no annotation, its type is taken from its default (users' code, libraries).
     """
-    node = _definition(path, name)
+    node = definition(path, name)
     if node is None:
         raise UsageError(f"{path} defines no {name!r}")
     if isinstance(node, ast.FunctionDef):
@@ -120,6 +121,18 @@ def read_parameters(path: Path, name: str, *, untyped: bool = False) -> tuple[Pa
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return tuple(_arguments(item, untyped))
     return tuple(_fields(node)) if _is_dataclass(node) else ()
+
+
+def function_parameters(node: ast.FunctionDef) -> tuple[Parameter, ...]:
+    """Return the parameters of a library's function, in order."""
+    return tuple(_arguments(node, untyped=True))
+
+
+def untyped_parameter(name: str, default: ast.expr | None) -> Parameter:
+    """Return a parameter that only its default tells of."""
+    value = _default(default)
+    kind, text = _kind_of(value)
+    return Parameter(name, text, kind, value)
 
 
 def _is_dataclass(node: ast.ClassDef) -> bool:

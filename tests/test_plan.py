@@ -128,6 +128,15 @@ def test_an_attacks_eps_does_not_retrain_a_variant_without_defenses() -> None:
     assert ("robust", "fit") in new
 
 
+def test_eps_retrains_a_variant_whose_epoch_is_chosen_by_attacked_accuracy() -> None:
+    def fit_key(eps: float) -> str:
+        threat = ThreatSpec(norm="linf", eps=eps)
+        one = variant("baseline", train=TrainSpec(select="robust"), threat=threat)
+        return plan(recipe(one, threat=threat)).fit_keys["baseline", 0]
+
+    assert fit_key(0.1) != fit_key(0.3)
+
+
 def test_each_seed_has_its_own_steps_and_every_step_comes_after_what_it_reads() -> None:
     made = plan(recipe(seeds=(0, 1, 2)))
     assert len({step.key for step in made.steps if step.kind == "fit"}) == 9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,21 +22,23 @@ def cache_folder() -> Path:
 
 
 def content_hash(files: Sequence[Path], names: Sequence[str] | None = None) -> str:
-    """Return a sha256 over the names and the contents of files, in the order given.
+    """Return a sha256 over the names and the contents of files, in the order given."""
+    labels = list(names) if names is not None else [path.name for path in files]
+    whole = hashlib.sha256()
+    for label, digest in zip(labels, file_hashes(files), strict=True):
+        whole.update(f"{label}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def file_hashes(files: Sequence[Path]) -> list[str]:
+    """Return the sha256 of each file, in the order given.
 
     Sizes and times of the files are looked up first: where they are as at an earlier call, its answer stands.
     """
-    labels = list(names) if names is not None else [path.name for path in files]
-    return _remembered(files, labels, lambda: _hash(files, labels))
-
-
-def _hash(files: Sequence[Path], labels: Sequence[str]) -> str:
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(file_hash, files))
-    whole = hashlib.sha256()
-    for label, digest in zip(labels, digests, strict=True):
-        whole.update(f"{label}\0{digest}\n".encode())
-    return whole.hexdigest()
+    # In one order, so that another order of the same files finds the same answer.
+    ordered = sorted(set(files))
+    digests = dict(zip(ordered, _remembered(ordered), strict=True))
+    return [digests[path] for path in files]
 
 
 def file_hash(path: Path) -> str:
@@ -48,25 +50,31 @@ def file_hash(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _remembered(files: Sequence[Path], labels: Sequence[str], compute: Callable[[], str]) -> str:
-    stamp = hashlib.sha256()
-    for path, label in zip(files, labels, strict=True):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        stamp.update(f"{path.absolute()}\0{label}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    index = cache_folder() / "fingerprints" / f"{stamp.hexdigest()}.json"
+def _remembered(files: Sequence[Path]) -> list[str]:
+    index = cache_folder() / "fingerprints" / f"{_stamp(files)}.json"
     try:
         known = json.loads(index.read_bytes())
-        if isinstance(known, str) and len(known) == 64:
-            return known
-    except (OSError, ValueError):
+        if len(known) == len(files) and all(isinstance(digest, str) and len(digest) == 64 for digest in known):
+            return list(known)
+    except (OSError, ValueError, TypeError):
         pass
-    found = compute()
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = list(pool.map(file_hash, files))
     from robustkit.store import write_json
 
     # A cache that cannot be written costs time, nothing else.
     with suppress(RobustkitError):
         write_json(index, found)
     return found
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    """Return a key of where the files lie, their sizes and their times."""
+    stamp = hashlib.sha256()
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        stamp.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return stamp.hexdigest()

@@ -23,11 +23,12 @@ def source_of(use: Use, folder: Path | None = None) -> Source:
 
 
 def fingerprint(use: Use, *, cache: Path | None = None, folder: Path | None = None) -> str:
-    """Return a key of the data: equal content, size and limit give equal keys, wherever the files lie.
+    """Return a key of the data: equal source, content, size and limit give equal keys, wherever the files lie.
 
     Raises:
         DataError: a file or folder is missing.
     """
     source = source_of(use, folder)
-    text = f"{source.fingerprint()}|size={source.size}|limit={source.limit}"
+    # Two sources may read the same files and name their classes differently.
+    text = f"{type(source).__name__}|{source.fingerprint()}|size={source.size}|limit={source.limit}"
     return hashlib.sha256(text.encode()).hexdigest()[:24]

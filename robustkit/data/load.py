@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from robustkit.data.arrays import Arrays, checked, limited, resized, stratified
+from robustkit.data.arrays import Arrays, Source, checked, limited, resized, stratified
 from robustkit.data.cache import cached
 from robustkit.data.fingerprint import fingerprint, source_of
 from robustkit.data.split import Dataset, Split, split_of
+from robustkit.errors import DataError
 from robustkit.recipe.spec import Use
 
 VALIDATION_SEED = 20_260_101
@@ -27,17 +28,22 @@ def load_dataset(
     on the run's seed. Decoded data are cached under `cache` (default: ROBUSTKIT_CACHE or the user's cache folder).
 
     Raises:
-        DataError: a file is missing or broken; the message names it.
+        DataError: a file is missing or broken; the message names it. Or there are too few images to hold any out.
     """
     key = fingerprint(use, folder=folder)
     source = source_of(use, folder)
 
     def read() -> Arrays:
-        arrays = checked(source.read(), f"data {use.name}")
+        arrays = checked(source.read(), _where(use, source))
         return _prepared(arrays, source.size, source.limit)
 
     arrays = cached(key, read, cache)
     kept, cut = stratified(np.asarray(arrays.train_labels), validation, VALIDATION_SEED)
+    if not len(cut):
+        raise DataError(
+            f"{_where(use, source)}: {len(kept)} training images, no two of one class: none can be held out for "
+            f"validation; {'raise `limit`' if source.limit else 'add images'}"
+        )
     train = _split(arrays.train_images, arrays.train_labels, kept)
     mean, std = channel_statistics(train)
     return Dataset(
@@ -49,6 +55,12 @@ def load_dataset(
         mean=mean,
         std=std,
     )
+
+
+def _where(use: Use, source: Source) -> str:
+    """Return what a message calls the data: the source's name, and its file or folder where it has one."""
+    place = getattr(source, "path", None) or getattr(source, "root", None)
+    return f"data {use.name}" if place is None else f"data {use.name}: {Path(place).expanduser()}"
 
 
 def _prepared(arrays: Arrays, size: int | None, limit: int | None) -> Arrays:

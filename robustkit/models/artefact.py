@@ -105,7 +105,7 @@ def _skeleton(path: Path, use: Use, described: Architecture, folder: Path | None
         with torch.device("meta" if on_meta else "cpu"):
             inner = build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder)
             return without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels))
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+    except (ModelError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
 
 

@@ -16,6 +16,10 @@ from robustkit.models.normalized import Normalized, Repeated
 from robustkit.recipe.spec import Use
 
 Shape = tuple[int, int, int]
+SINGLE_OUTPUT: dict[str, dict[str, bool]] = {
+    name: {"aux_logits": False, "init_weights": True} for name in ("torchvision.googlenet", "torchvision.inception_v3")
+}
+"""Models that return auxiliary outputs in training, which no loss takes here; they warn of their first weights too."""
 
 
 def build_model(
@@ -49,7 +53,7 @@ def build_inner(
     entry = registry.find("model", use.name, folder=folder, plugins=plugins)
     builder = registry.load(entry)
     if entry.origin == "torchvision":
-        model = builder(weights=None, num_classes=classes, **use.parameters)
+        model = _torchvision(builder, use, classes)
         return Repeated(model) if shape[0] == 1 else model
     context = {"shape": shape, "classes": classes, "num_classes": classes, "in_channels": shape[0]}
     asked = _arguments(builder)
@@ -58,6 +62,19 @@ def build_inner(
     if not isinstance(model, nn.Module):
         raise ModelError(f"model {use.name!r} makes a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def _torchvision(builder: Callable[..., nn.Module], use: Use, classes: int) -> nn.Module:
+    """Return a model of torchvision, its weights by torch's seed.
+
+    Raises:
+        ModelError: it cannot be made with these parameters.
+    """
+    try:
+        given = {**SINGLE_OUTPUT.get(use.name, {}), **use.parameters}
+        return builder(weights=None, num_classes=classes, **given)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"model {use.name} cannot be made with {use.parameters}: {error}") from error
 
 
 def _arguments(builder: Callable[..., Any]) -> set[str]:
@@ -85,7 +102,7 @@ def check_fit(model: nn.Module, shape: Shape, classes: int, name: str) -> None:
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, *shape))
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
         label, size = entered[-1] if entered else ("the first", shape)
         kind = dict(leaves).get(label)
         raise ModelError(

@@ -37,7 +37,9 @@ class SmallCnn(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int, widths: list[PositiveInt] = [32, 64, 64]) -> None:  # noqa: B006
         super().__init__()
         channels, height, width = shape
-        if min(height, width) < 4 or not widths:
+        if not widths:
+            raise ModelError("small_cnn: `widths` is empty; it needs one width or more, e.g. [32, 64, 64]")
+        if min(height, width) < 4:
             raise ModelError(f"small_cnn: images of {height}x{width} are too small; 4x4 is the least")
         side = min(height, width)
         groups: list[nn.Module] = []

@@ -5,9 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from robustkit.attacks.torchattacks_cost import torchattacks_passes
+from robustkit.recipe.facts import Facts, facts_of
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
 STANDARD_STEP = 3.0
+TORCHATTACKS = "torchattacks."
+STEP_NAMES = ("steps", "n_queries", "max_iterations", "nb_iter", "num_iter_set", "tries")
+"""What attacks of users' own may call their steps."""
+CURVE = 22.0 + 5.0
+"""Each eps of the security curve: 10 steps of pgd, 4 tries of noise."""
+CHECKS = 163.0 + 15.0
+"""The sanity checks: 40 steps of pgd from 2 starts, 7 forwards, 4 gradients of two passes."""
+CHECKED = 64
+"""How many images the sanity checks look at."""
 Parameter = Callable[[str, Use, str], object]
 """(kind, use, parameter) -> its value in the recipe, else its default, else None."""
 
@@ -32,22 +43,39 @@ def _inner_passes(use: Use, parameter: Parameter) -> float:
 
 
 def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
-    """Return an upper bound of the passes over each test image for one variant: no example is fooled early."""
-    total = 1.0
-    for use in recipe.evaluate.attacks:
-        steps = next(
-            (
-                value
-                for name in ("steps", "n_queries", "max_iterations", "nb_iter", "num_iter_set", "tries")
-                if (value := _number(parameter("attack", use, name)))
-            ),
-            1.0,
-        )
-        restarts = _number(parameter("attack", use, "restarts")) or 1.0
-        gradient_free = use.name in ("noise", "torchattacks.Square", "torchattacks.GN")
-        total += restarts * (steps * (1.0 if gradient_free else 2.0) + 1.0)
-    return total
+    """Return an upper bound of the passes over each test image for one variant: no example is fooled early.
+
+    The clean accuracy, every attack, the security curve and the sanity checks. An attack of a user's own is taken to
+    cost a forward and a backward a step.
+    """
+    facts = facts_of(recipe)
+    attacks = sum(one_attack_passes(use, parameter, facts) for use in recipe.evaluate.attacks)
+    budgets = set(recipe.evaluate.eps_curve) - {0.0}
+    return 1.0 + attacks + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+
+
+def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
+    """Return an upper bound of the passes of one attack over an image, the look at its result among them."""
+
+    def value(name: str) -> float:
+        return _number(parameter("attack", use, name))
+
+    if use.name.startswith(TORCHATTACKS):
+        name = use.name.removeprefix(TORCHATTACKS)
+        known = torchattacks_passes(name, value, parameter("attack", use, "version"), facts)
+        if known is not None:
+            return known
+    if use.name == "noise":
+        return value("tries") + 1.0
+    if use.name == "fgsm":
+        return 3.0
+    steps = next((found for name in STEP_NAMES if (found := value(name))), 1.0)
+    return _pgd(steps, value("restarts") or 1.0)
+
+
+def _pgd(steps: float, restarts: float) -> float:
+    return restarts * (2.0 * steps + 1.0) + 1.0
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -98,11 +98,17 @@ def _fit_step(
         model=_identity("model", variant.model, source_hash),
         defenses=[_identity("defense", use, source_hash) for use in variant.defenses] if train else [],
         compress=[_identity("compressor", use, source_hash) for use in variant.compress],
-        threat=_threat(variant.threat) if variant.compress or (train and variant.defenses) else None,
+        threat=_threat(variant.threat) if _meets_threat(variant) else None,
         train=_train(train, source_hash) if train else None,
         normalize=recipe.normalize.model_dump() if recipe.normalize and not parent else None,
     )
     return Step("fit", key, variant.label, seed, (parent,) if parent else (), description=describe_variant(variant))
+
+
+def _meets_threat(variant: VariantSpec) -> bool:
+    """Say whether the variant's weights may depend on its threat."""
+    trained = variant.train is not None and (bool(variant.defenses) or variant.train.select == "robust")
+    return trained or bool(variant.compress)
 
 
 def _train(train: TrainSpec, source_hash: SourceHash) -> dict[str, object]:

@@ -28,6 +28,8 @@ class Guards:
 
     classes: int
     epochs: int
+    adversarial: bool = True
+    """Whether training perturbs its images: only then does a fall of attacked accuracy mean a collapse."""
     rollbacks: int = 0
     restarts: int = 0
     lr_scale: float = 1.0
@@ -41,7 +43,7 @@ class Guards:
             return "diverged"
         if is_stuck(row, earlier, self.classes, self.epochs):
             return "stuck"
-        if has_collapsed(row, earlier):
+        if self.adversarial and has_collapsed(row, earlier):
             return "collapsed"
         return "ok"
 

@@ -75,9 +75,10 @@ def fit(
 ) -> Fitted:
     """Train a model with its defenses and return it with its best weights.
 
-    The best epoch is chosen on the validation split: by attacked accuracy where a defense trains on perturbed images,
-    else by clean accuracy. The test split is never looked at. Every epoch starts from seeds derived from (seed, key,
-    plugin, epoch), so a training that is resumed from `checkpoint` gives the numbers of an undisturbed one.
+    The best epoch is chosen on the validation split: by attacked accuracy where a defense trains on perturbed images
+    or `select` asks for it, else by clean accuracy. The test split is never looked at. Every epoch starts from seeds
+    derived from (seed, key, plugin, epoch), so a training that is resumed from `checkpoint` gives the numbers of an
+    undisturbed one.
 
     Raises:
         TrainingError: the loss is not finite after three returns with half the learning rate.
@@ -195,7 +196,7 @@ class _Run:
         return self._finish(state)
 
     def _start(self, checkpoint: Checkpoint | None) -> TrainingState:
-        guards = Guards(classes=self.classes, epochs=self.spec.epochs)
+        guards = Guards(classes=self.classes, epochs=self.spec.epochs, adversarial=self.adversarial)
         saved = checkpoint.load() if checkpoint is not None else None
         if saved is None:
             return TrainingState(guards=guards, notes=list(self.notes))
@@ -272,7 +273,7 @@ class _Run:
     def _measure(self, state: TrainingState, loss: float, accuracy: float) -> EpochRow:
         model = self._evaluated()
         robust = single = None
-        if self.adversarial:
+        if self.adversarial or self.spec.select == "robust":
             seed = derive_seed(self.seed, self.key, "validation")
             robust, single = robust_accuracy(model, self.attacked, self.threat, self.device, seed=seed)
         held_out, clean = clean_loss_and_accuracy(model, self.validation, self.device)

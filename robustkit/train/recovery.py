@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ class Recovery:
         return self._undo(verdict, row, state, good)
 
     def _undo(self, verdict: Verdict, row: EpochRow, state: TrainingState, good: Saved) -> bool:
-        what = f"loss not finite in epoch {row.epoch + 1}"
+        which = "validation loss" if math.isfinite(row.loss) else "loss"
+        what = f"{which} not finite in epoch {row.epoch + 1}"
         if verdict == "rolled-back":
             what = f"a defense asked to undo epoch {row.epoch + 1}"
         if state.guards.rollbacks >= MAX_ROLLBACKS:

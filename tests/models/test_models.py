@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from robustkit import registry
 from robustkit.errors import ModelError
 from robustkit.models.artefact import load_model, save_model
 from robustkit.models.baseline_cnn import BaselineCnn
-from robustkit.models.build import build_model
+from robustkit.models.build import build_inner, build_model
 from robustkit.models.normalized import Normalized
 from robustkit.recipe.spec import Use
 
@@ -137,6 +138,54 @@ def test_every_model(name: str, shape: tuple[int, int, int], given: dict[str, ob
     assert model.to("meta")(torch.empty(2, *shape, device="meta")).shape == (2, 7)
 
 
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 32), ("inception_v3", 75)])
+def test_models_with_auxiliary_outputs_train_without_them(name: str, side: int, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build(f"torchvision.{name}", (3, side, side), 7).train()
+    logits = model(torch.rand(2, 3, side, side))
+    assert isinstance(logits, Tensor)
+    nn.functional.cross_entropy(logits, torch.arange(2)).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    path = tmp_path / "model.safetensors"
+    save_model(model, path, use(f"torchvision.{name}"), shape=(3, side, side), classes=tuple("abcdefg"))
+    x = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(load_model(path)(x), model.eval()(x))
+
+
+def test_every_parameter_that_a_builder_of_torchvision_is_said_to_take_is_taken() -> None:
+    """Each at its default: whatever is no parameter after all, or is given twice, cannot be made."""
+    for name in registry.torchvision_files():
+        # RegNets work out their widths on the device, which the meta device cannot; all have one signature.
+        regnet = name.startswith("regnet")
+        if regnet and not name.endswith("_400mf"):
+            continue
+        known = registry.parameters(registry.find("model", f"torchvision.{name}"))
+        given = {one.name: one.default for one in known if one.name != "init_weights" or one.default is not None}
+        with torch.device("cpu" if regnet else "meta"):
+            build_inner(use(f"torchvision.{name}", **given), shape=(3, 64, 64), classes=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("resnet18", {"widht_per_group": 3}, "did you mean 'width_per_group'"),
+        ("resnet18", {"layers": [1, 1, 1, 1]}, "unknown parameter 'layers'"),
+        ("resnext50_32x4d", {"groups": 2}, "unknown parameter 'groups'"),
+        ("densenet121", {"growth_rate": 8}, "unknown parameter 'growth_rate'"),
+        ("googlenet", {"aux_logits": True}, "unknown parameter 'aux_logits'"),
+        ("resnet18", {"num_classes": 5}, "unknown parameter 'num_classes'"),
+        ("vit_b_16", {"image_size": "large"}, "image_size: "),
+        ("resnet18", {"weights": "DEFAULT"}, "random weights"),
+    ],
+)
+def test_parameters_of_torchvision_are_checked(name: str, given: dict[str, object], message: str) -> None:
+    _, mistakes = registry.check_parameters(registry.find("model", f"torchvision.{name}"), given)
+    assert [one for one, _ in mistakes] == list(given)
+    assert message in mistakes[0][1]
+
+
 def test_every_built_in_model_is_in_the_table() -> None:
     assert set(registry.BUILTIN["model"]) == {name for name, _, _ in MODELS if "." not in name}
 
@@ -212,6 +261,18 @@ def test_a_model_that_does_not_fit_names_the_layer_and_the_sizes(tmp_path: Path)
         build("own.py:text", (3, 8, 8), folder=tmp_path)
     with pytest.raises(ModelError, match="too small"):
         build("small_cnn", (1, 3, 3))
+
+
+def test_a_misfit_of_torchvision_is_told_like_any_other() -> None:
+    with pytest.raises(ModelError, match=r"vit_b_16 does not fit images of \(3, 32, 32\).*Wrong image height"):
+        build("torchvision.vit_b_16")
+    with pytest.raises(ModelError, match=r"vit_b_16 cannot be made with {'image_size': 33}"):
+        build("torchvision.vit_b_16", image_size=33)
+
+
+def test_small_cnn_without_widths_says_so() -> None:
+    with pytest.raises(ModelError, match="`widths` is empty"):
+        build("small_cnn", (1, 8, 8), widths=[])
 
 
 @pytest.fixture

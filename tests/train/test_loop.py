@@ -240,6 +240,12 @@ def test_three_returns_are_enough(digits: Dataset) -> None:
         train(digits, [("poison", Poison(range(1, 100)))])
 
 
+def test_weights_that_a_last_step_made_infinite_are_seen(digits: Dataset) -> None:
+    given: dict[str, Any] = {"epochs": 1, "batch_size": 360, "schedule": use("constant")}
+    with pytest.raises(TrainingError, match=r"validation loss not finite.*lower train\.optimizer's lr"):
+        train(digits, optimizer=use("sgd", lr=1e30, momentum=0.0), **given)
+
+
 class Constant0(nn.Module):
     """Predicts class 0 whatever it sees."""
 
@@ -308,6 +314,8 @@ def test_the_rules_of_the_guards() -> None:
     assert guards.judge(row(0, 0.0, 0.9), []) == "ok", "nothing to fall from"
     nan = row(1, 0.3, 0.3).model_copy(update={"loss": float("nan")})
     assert guards.judge(nan, healthy) == "diverged"
+    held_out = row(1, 0.3, 0.3).model_copy(update={"validation_loss": float("inf")})
+    assert guards.judge(held_out, healthy) == "diverged"
     chance = EpochRow(epoch=1, loss=2.3026, train_accuracy=0.1, clean=0.1)
     learning = EpochRow(epoch=1, loss=2.2, train_accuracy=0.15, clean=0.2)
     assert guards.judge(chance, [chance]) == "stuck"
@@ -385,6 +393,18 @@ def test_the_best_epoch_is_chosen_by_attacked_accuracy_where_a_defense_attacks(
     found = train(digits, epochs=4)
     assert found.best_epoch == 2
     assert not same(found.model.state_dict(), found.last_state), "best and last are both kept"
+
+
+def test_select_robust_attacks_without_a_defense_that_does(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = train(digits, epochs=2, select="robust", threat=Threat("linf", 0.02))
+    assert all(row.robust is not None for row in found.epochs)
+    # A fall of this kind is catastrophic overfitting only where training attacks.
+    answers = iter([(0.3, 0.4), (0.5, 0.6), (0.1, 0.9), (0.2, 0.9)])
+    monkeypatch.setattr("robustkit.train.loop.robust_accuracy", lambda *_, **__: next(answers))
+    found = train(digits, epochs=4, select="robust")
+    assert found.best_epoch == 1
+    assert found.flags == []
+    assert len(found.epochs) == 4
 
 
 def test_no_epoch_is_chosen_before_the_schedule_is_done(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit.data.arrays import Arrays, Images, limited, scaled, subset
-from robustkit.data.content import content_hash, file_hash
+from robustkit.data.content import content_hash, file_hashes
 from robustkit.errors import DataError
 from robustkit.params import Fraction, PathStr, PositiveInt
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 MODES = {"gray": "L", "rgb": "RGB"}
+SIXTEEN_BITS = "I;16"
+UNBOUNDED = ("I", "F")
+"""Pillow's modes whose pixels have no largest value that stands for white."""
+VALIDATION = ("val", "valid", "validation")
+"""What other layouts call a held-out split."""
 Item = tuple[Path, int]
 
 
@@ -71,7 +76,7 @@ class ImageFolder:
         base = Path(self.root).expanduser()
         if not base.is_dir():
             raise DataError(f"{base}: there is no such folder")
-        if (base / "train").is_dir() and (base / "test").is_dir():
+        if _has_both_splits(base):
             classes, train = _items(base / "train")
             others, test = _items(base / "test")
             if classes != others:
@@ -100,6 +105,26 @@ class ImageFolder:
         return out
 
 
+def _has_both_splits(base: Path) -> bool:
+    """Say whether the folder is laid out as train/ and test/; one of them alone is an error, not a class."""
+    found = [name for name in ("train", "test") if (base / name).is_dir()]
+    # A class may well be called "train", but then its images lie right in it.
+    if len(found) != 1 or any(_is_image(entry.name) for entry in (base / found[0]).iterdir()):
+        return len(found) == 2
+    missing = "test" if found == ["train"] else "train"
+    other = next((name for name in VALIDATION if missing == "test" and (base / name).is_dir()), None)
+    has = f"{found[0]}/ and {other}/" if other else f"{found[0]}/"
+    what = f"rename {other}/ to test/" if other else f"add {missing}/"
+    raise DataError(
+        f"{base}: has {has} but no {missing}/; {what}, or set `root` to {base / found[0]} to have it split in two"
+        + (" (the validation split is cut from train/)" if other else "")
+    )
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
 def _items(folder: Path) -> tuple[tuple[str, ...], list[Item]]:
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
@@ -107,10 +132,7 @@ def _items(folder: Path) -> tuple[tuple[str, ...], list[Item]]:
     items: list[Item] = []
     for label, name in enumerate(classes):
         files = sorted(
-            Path(where, file)
-            for where, _, names in os.walk(folder / name)
-            for file in names
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+            Path(where, file) for where, _, names in os.walk(folder / name) for file in names if _is_image(file)
         )
         if not files:
             raise DataError(f"{folder / name}: holds no images ({', '.join(sorted(EXTENSIONS))})")
@@ -120,8 +142,7 @@ def _items(folder: Path) -> tuple[tuple[str, ...], list[Item]]:
 
 def _split(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
     """Split each class by the hash of its images' content: moving or renaming a file moves no image across."""
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        hashes = list(pool.map(lambda item: file_hash(item[0]), items))
+    hashes = file_hashes([path for path, _ in items])
     train: list[Item] = []
     test: list[Item] = []
     for label in sorted({label for _, label in items}):
@@ -144,13 +165,25 @@ def _image(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if image.mode in UNBOUNDED:
+                    kind = "32-bit whole numbers" if image.mode == "I" else "floats"
+                    raise DataError(f"{path}: its pixels are {kind} without a known range; save it with 8 or 16 bits")
                 yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: not an image, or a broken one: {error}") from error
 
 
 def _is_gray(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "I;16")
+    return image.mode in ("1", "L") or image.mode.startswith(SIXTEEN_BITS)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a 16-bit gray image scaled to 8 bits (Pillow would clip it at 255), any other one as it is."""
+    from PIL import Image
+
+    if not image.mode.startswith(SIXTEEN_BITS):
+        return image
+    return Image.fromarray(np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8))
 
 
 def _mode(path: Path) -> str:
@@ -167,7 +200,8 @@ def _open(
             raise DataError(
                 f"{path}: a {kinds[0]} image among {kinds[1]} ones; set `channels: rgb` or `channels: gray`"
             )
-        converted = image if image.mode == mode else image.convert(mode)
+        eight = _eight_bits(image)
+        converted = eight if eight.mode == mode else eight.convert(mode)
         array = np.asarray(scaled(converted, size), dtype=np.uint8)
     if shape is not None and array.shape[:2] != tuple(shape):
         raise DataError(

@@ -1,0 +1,207 @@
+"""What `check` says a recipe costs: never less than what is counted, and not much more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustkit import registry
+from robustkit.attacks.counting import CountedModel
+from robustkit.attacks.gradient import Pgd
+from robustkit.attacks.noise import Noise
+from robustkit.attacks.threat import Threat
+from robustkit.attacks.torchattacks_cost import RULES
+from robustkit.attacks.torchattacks_table import PROFILES
+from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.checks import EXAMPLES, preflight
+from robustkit.evaluation.curve import security_curve
+from robustkit.recipe import cost
+from robustkit.recipe.facts import facts_of
+from robustkit.recipe.schema import parse_recipe
+from robustkit.recipe.spec import Recipe, Use
+from robustkit.steps import evaluate
+
+CPU = torch.device("cpu")
+EPS = {"linf": 0.1, "l2": 1.0, "l1": 5.0}
+IMAGES = 2
+QUICK: dict[str, list[dict[str, Any]]] = {
+    "SPSA": [{"nb_iter": 2}, {"nb_sample": 10, "max_batch_size": 4}],
+    "Square": [{"n_queries": 50, "n_restarts": 3}],
+    "APGD": [{"steps": 5, "n_restarts": 2, "eot_iter": 3}, {}],
+    "APGDT": [{"steps": 5}, {"steps": 3, "n_restarts": 2, "eot_iter": 2}],
+    "FAB": [{"steps": 5}, {"steps": 3, "n_restarts": 2}, {"steps": 3, "multi_targeted": True, "n_restarts": 2}],
+    "VMIFGSM": [{"steps": 5}, {"steps": 2, "N": 3}],
+    "VNIFGSM": [{"steps": 5}, {"steps": 2, "N": 3}],
+    "SINIFGSM": [{"steps": 5}, {"steps": 2, "m": 3}],
+    "OnePixel": [{"steps": 3}, {"steps": 2, "popsize": 4}, {"steps": 2, "pixels": 3}],
+    "EOTPGD": [{"steps": 5, "eot_iter": 4}],
+    "UPGD": [{"steps": 5, "eot_iter": 4}, {"steps": 2, "loss": "dlr"}],
+    "PGDRS": [{"steps": 3}, {"steps": 3, "noise_batch_size": 3}],
+    "PGDRSL2": [{"steps": 3}, {"steps": 3, "noise_batch_size": 3}],
+    "BIM": [{}, {"steps": 0}],
+    "PIFGSM": [{"num_iter_set": 3}],
+    "CW": [{"steps": 7}],
+    "EADL1": [{"max_iterations": 20, "binary_search_steps": 2}],
+    "EADEN": [{"max_iterations": 20, "binary_search_steps": 2}],
+    "DeepFool": [{"steps": 4}],
+    "SparseFool": [{"steps": 1}],
+    "Pixle": [{"restarts": 3, "max_iterations": 4}, {"update_each_iteration": True, "max_iterations": 4}],
+    "JSMA": [{"gamma": 0.1}],
+    "AutoAttack": [{}, {"version": "rand"}, {"version": "plus"}],
+}
+EARLY = {"CW", "EADL1", "EADEN", "BIM"}
+"""They may stop before their last step, or count their own steps."""
+SLOW = {"AutoAttack"}
+CASES = [
+    pytest.param(name, given, marks=[pytest.mark.slow] if name in SLOW and given else [], id=f"{name}-{number}")
+    for name in sorted(PROFILES)
+    if not PROFILES[name].refused
+    for number, given in enumerate(QUICK.get(name, [{}]))
+]
+
+
+class Stubborn(nn.Module):
+    """Predicts class 0 whatever it sees, by logits that do move with the image."""
+
+    def __init__(self, channels: int, classes: int = 10, side: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(channels * side**2, classes)
+        self.base = nn.Parameter(torch.zeros(classes))
+        with torch.no_grad():
+            self.head.weight.mul_(0.01)
+            self.base[0] = 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x.flatten(1)) + self.base
+        return logits
+
+
+def read(attacks: list[Any], norm: str = "linf", **evaluation: Any) -> Recipe:
+    values = {
+        "data": "digits",
+        "model": "small_cnn",
+        "threat": {"norm": norm, "eps": EPS[norm]},
+        "variants": {"baseline": None},
+        "evaluate": {"attacks": attacks, **evaluation},
+    }
+    return parse_recipe(json.dumps(values))
+
+
+def parameter(kind: str, use: Use, name: str) -> object:
+    if name in use.parameters:
+        return use.parameters[name]
+    known = registry.parameters(registry.find("attack", use.name))
+    return next((one.default for one in known if one.name == name), None)
+
+
+def counted(use: Use, norm: str, channels: int) -> float:
+    """Return the passes over an image that the attack needs, as a run counts them."""
+    model = Stubborn(channels).eval()
+    x, y = torch.rand(IMAGES, channels, 8, 8), torch.zeros(IMAGES, dtype=torch.int64)
+    outcome = attack_outcome(
+        model,
+        x,
+        y,
+        registry.create(registry.find("attack", use.name), use.parameters),
+        Threat(norm, EPS[norm]),  # type: ignore[arg-type]
+        clean=clean_outcome(model, x, y, batch_size=IMAGES, device=CPU),
+        seed=0,
+        label="cost",
+        batch_size=IMAGES,
+        device=CPU,
+    )
+    return (outcome.forwards + outcome.backwards) / IMAGES
+
+
+def test_every_class_has_a_rule() -> None:
+    assert {*RULES, "AutoAttack"} == {name for name, profile in PROFILES.items() if not profile.refused}
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_no_class_of_torchattacks_costs_more_than_is_said(name: str, given: dict[str, Any]) -> None:
+    norm, channels = PROFILES[name].norms[0], PROFILES[name].channels or 1
+    recipe = read([{f"torchattacks.{name}": given}], norm)
+    (use,) = recipe.evaluate.attacks
+    said = cost.one_attack_passes(use, parameter, facts_of(recipe))
+    found = counted(use, norm, channels)
+    assert found <= said
+    if name not in EARLY:
+        assert said <= found + 3, "a bound, and a close one"
+
+
+@pytest.mark.parametrize(
+    "attack", ["noise", {"noise": {"tries": 3}}, "fgsm", "pgd", {"pgd": {"steps": 5, "restarts": 3}}]
+)
+def test_robustkits_own_attacks_cost_what_is_said(attack: Any) -> None:
+    recipe = read([attack])
+    (use,) = recipe.evaluate.attacks
+    assert counted(use, "linf", 1) == cost.one_attack_passes(use, parameter, facts_of(recipe))
+
+
+def passes(run: Callable[[nn.Module], object], images: int) -> float:
+    model = CountedModel(Stubborn(1)).eval()
+    run(model)
+    return (model.forwards + model.backwards) / images
+
+
+def test_the_curve_is_counted() -> None:
+    plain, curved = (cost.attack_passes(read([], eps_curve=eps), parameter) for eps in ([], [0, 0.1, 0.2, 0.1]))
+    x, y = torch.rand(IMAGES, 1, 8, 8), torch.zeros(IMAGES, dtype=torch.int64)
+    clean = clean_outcome(Stubborn(1).eval(), x, y, batch_size=IMAGES, device=CPU)
+
+    def run(model: nn.Module) -> None:
+        for attack in (Pgd(steps=evaluate.CURVE_STEPS), Noise(tries=evaluate.CURVE_TRIES)):
+            security_curve(
+                model, x, y, attack, "linf", [0, 0.1, 0.2, 0.1], clean=clean, seed=0, batch_size=IMAGES, device=CPU
+            )
+
+    assert curved - plain == pytest.approx(passes(run, IMAGES))
+
+
+@pytest.mark.parametrize("images", [1, 2, 64])
+def test_the_checks_are_counted(images: int) -> None:
+    x, y = torch.rand(images, 1, 8, 8), torch.zeros(images, dtype=torch.int64)
+    threat = Threat("linf", 0.1)
+    assert cost.CHECKED == EXAMPLES
+    found = passes(lambda model: preflight(model, x, y, threat, seed=0, device=CPU), images)
+    assert found <= cost.CHECKS
+    said = cost.attack_passes(read([], examples=images), parameter) - 1
+    assert found <= said <= found + 12
+    assert cost.attack_passes(read([]), parameter) == pytest.approx(1 + cost.CHECKS * 64 / 450)
+
+
+def test_what_is_not_known_of_the_data_is_taken_to_be_large() -> None:
+    recipe = read([])
+    other = recipe.model_copy(update={"data": Use(name="npz", parameters={"path": "x.npz", "size": 16}, label="d")})
+    facts = facts_of(other)
+    assert (facts.classes, facts.values, facts.test) == (1000, 3 * 16 * 16, 1)
+
+
+def test_the_classes_of_an_image_folder_are_counted(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    data = Use(name="image_folder", parameters={"root": str(tmp_path), "channels": "gray"}, label="d")
+    facts = facts_of(read([]).model_copy(update={"data": data}))
+    assert (facts.classes, facts.channels) == (3, 1)
+
+
+def test_a_recipe_is_read_and_its_cost_told_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from robustkit.recipe.cost import attack_passes\n"
+        "from robustkit.recipe.schema import parse_recipe\n"
+        "recipe = parse_recipe('{data: digits, model: {torchvision.vit_b_16: {image_size: 32}}, variants: {a: },'\n"
+        "    'evaluate: {attacks: [torchattacks.VANILA, noise]}}')\n"
+        "attack_passes(recipe, lambda *_: 1)\n"
+        "assert not {'torch', 'torchvision', 'torchattacks'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -74,7 +74,7 @@ def entry_of(kind: str, use: Use, recipe: Recipe) -> registry.Entry:
 
 def plan_of(recipe: Recipe, *, cache: Path | None = None) -> Plan:
     """Return the plan of a recipe on its data as they lie on the disk now. Imports no torch."""
-    data = fingerprint(recipe.data, cache=cache, folder=recipe.folder)
+    data = fingerprint(recipe.data, cache=cache, folder=recipe.folder, plugins=recipe.plugins)
     return make_plan(recipe, data, lambda kind, use: registry.source_hash(entry_of(kind, use, recipe)))
 
 

@@ -1,0 +1,85 @@
+"""A file of the user's own: data, a model and an attack from it, through `plugins:` and by `file.py:Class`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import robustkit
+from robustkit.data.load import load_dataset
+from robustkit.errors import ModelError
+from robustkit.recipe.schema import load_recipe
+from robustkit.results import Results
+
+OWN = '''
+import numpy as np
+from torch import nn
+
+from robustkit.data.arrays import Arrays, names_of
+from robustkit.models.small_cnn import SmallCnn
+
+
+class Mine:
+    """Two classes of noise, dark and bright."""
+
+    def __init__(self, count: int = 60):
+        self.count, self.size, self.limit = count, None, None
+
+    def fingerprint(self):
+        return f"noise/{self.count}"
+
+    def read(self):
+        labels = np.arange(self.count) % 2
+        images = np.random.default_rng(0).integers(0, 100, (self.count, 1, 8, 8)) + 100 * labels[:, None, None, None]
+        images = images.astype(np.uint8)
+        return Arrays(images, labels, images[:20], labels[:20], names_of(2))
+
+
+class Net(SmallCnn):
+    """A small CNN under another name."""
+
+
+class Shift:
+    """Brighten every image by eps."""
+
+    def __call__(self, model, x, y, threat, *, generator):
+        return (x + threat.eps).clamp(0, 1)
+'''
+TEXT = """\
+name: own
+data: {DATA: {count: 80}}
+model: {NET: {widths: [4, 4]}}
+threat: {norm: linf, eps: 0.1}
+train: {epochs: 1, batch_size: 20}
+variants: {a: }
+evaluate: {attacks: [ATTACK], latency: false}
+"""
+IN_FILE = TEXT.replace("DATA", "'own.py:Mine'").replace("NET", "'own.py:Net'")
+BARE = TEXT.replace("DATA", "Mine").replace("NET", "Net").replace("ATTACK", "Shift") + "plugins: [own.py]\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path
+
+
+def run(folder: Path, text: str) -> Results:
+    (folder / "own.yaml").write_text(text)
+    return robustkit.run(folder / "own.yaml", runs=folder / "runs")
+
+
+def test_data_a_model_and_an_attack_by_their_bare_names(folder: Path) -> None:
+    found = run(folder, BARE)
+    assert set(found.variants[0].attacks) == {"Shift"}
+    assert found.variants[0].clean.n == 20
+    recipe = load_recipe(folder / "own.yaml")
+    data = load_dataset(recipe.data, folder=folder, plugins=recipe.plugins)
+    assert data.shape == (1, 8, 8)
+    (stored,) = (folder / "runs" / "own").rglob("model.safetensors")
+    with pytest.raises(ModelError, match="trust_plugins=True"):
+        robustkit.load(stored, folder=folder, plugins=recipe.plugins)
+    model = robustkit.load(stored, folder=folder, plugins=recipe.plugins, trust_plugins=True)
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 2)

@@ -9,8 +9,8 @@ import torch
 
 import robustkit
 from robustkit.data.load import load_dataset
-from robustkit.errors import ModelError
-from robustkit.recipe.schema import load_recipe
+from robustkit.errors import ModelError, RecipeError
+from robustkit.recipe.schema import load_recipe, parse_recipe
 from robustkit.results import Results
 
 OWN = '''
@@ -83,3 +83,16 @@ def test_data_a_model_and_an_attack_by_their_bare_names(folder: Path) -> None:
         robustkit.load(stored, folder=folder, plugins=recipe.plugins)
     model = robustkit.load(stored, folder=folder, plugins=recipe.plugins, trust_plugins=True)
     assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 2)
+
+
+def test_data_a_model_and_an_attack_by_their_files(folder: Path) -> None:
+    text = IN_FILE.replace("ATTACK", "'own.py:Shift', 'own.py:Shift': {as: again}")
+    found = run(folder, text + "gates: [Shift(a) >= 0%]\n")
+    assert set(found.variants[0].attacks) == {"Shift", "again"}
+
+
+@pytest.mark.parametrize("label", ["worst", "a:b", "../x"])
+def test_a_label_that_cannot_be_says_what_to_write(label: str, folder: Path) -> None:
+    text = IN_FILE.replace("ATTACK", f"'own.py:Shift': {{as: '{label}'}}")
+    with pytest.raises(RecipeError, match="as: other-name"):
+        parse_recipe(text, folder=folder)

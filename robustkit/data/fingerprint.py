@@ -34,6 +34,10 @@ def fingerprint(
     Raises:
         DataError: a file or folder is missing.
     """
+    entry = registry.find("data", use.name, folder=folder, plugins=plugins)
     source = source_of(use, folder, plugins)
     text = f"{source.fingerprint()}|size={source.size}|limit={source.limit}"
+    if entry.origin != "builtin":
+        # What a source of the user's own says of its data, an edit of its code may have made untrue.
+        text += f"|source={registry.source_hash(entry)}"
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -10,6 +10,7 @@ import torch
 import robustkit
 from robustkit.data.load import load_dataset
 from robustkit.errors import ModelError, RecipeError
+from robustkit.pipeline import plan_of
 from robustkit.recipe.schema import load_recipe, parse_recipe
 from robustkit.results import Results
 
@@ -96,3 +97,18 @@ def test_a_label_that_cannot_be_says_what_to_write(label: str, folder: Path) -> 
     text = IN_FILE.replace("ATTACK", f"'own.py:Shift': {{as: '{label}'}}")
     with pytest.raises(RecipeError, match="as: other-name"):
         parse_recipe(text, folder=folder)
+
+
+def test_a_changed_data_source_is_read_again(folder: Path) -> None:
+    recipe = parse_recipe(BARE, folder=folder)
+
+    def seen() -> tuple[set[str], float]:
+        keys = {step.key for step in plan_of(recipe).steps}
+        return keys, load_dataset(recipe.data, folder=folder, plugins=recipe.plugins).mean[0]
+
+    before, dark = seen()
+    assert seen() == (before, dark)
+    (folder / "own.py").write_text(OWN.replace("100 *", "120 *"))
+    after, bright = seen()
+    assert not before & after
+    assert bright > dark + 0.02

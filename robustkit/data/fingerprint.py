@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 from robustkit import registry
 from robustkit.data.arrays import Source
+from robustkit.errors import DataError, RobustkitError
 from robustkit.recipe.spec import Use
 
 
@@ -17,13 +20,23 @@ def source_of(use: Use, folder: Path | None = None, plugins: Sequence[Path] = ()
     """Make the source that a recipe names; a relative `root` or `path` starts from the recipe's folder.
 
     `plugins` are the recipe's files, in which the source may be found by its bare name.
+
+    Raises:
+        DataError: a source of the user's own cannot be made.
     """
     values = dict(use.parameters)
     for name in ("root", "path"):
         given = values.get(name)
         if isinstance(given, str) and folder is not None:
             values[name] = os.fspath(folder / Path(given).expanduser())
-    return cast(Source, registry.create(registry.find("data", use.name, folder=folder, plugins=plugins), values))
+    entry = registry.find("data", use.name, folder=folder, plugins=plugins)
+    with _blamed(entry):
+        return cast(Source, registry.create(entry, values))
+
+
+def scaling(source: Source) -> tuple[int | None, int | None]:
+    """Return the size and the limit of a source; one of the user's own may do without."""
+    return getattr(source, "size", None), getattr(source, "limit", None)
 
 
 def fingerprint(
@@ -32,12 +45,32 @@ def fingerprint(
     """Return a key of the data: equal content, size and limit give equal keys, wherever the files lie.
 
     Raises:
-        DataError: a file or folder is missing.
+        DataError: a file or folder is missing, or a source of the user's own fails.
     """
     entry = registry.find("data", use.name, folder=folder, plugins=plugins)
     source = source_of(use, folder, plugins)
-    text = f"{source.fingerprint()}|size={source.size}|limit={source.limit}"
+    size, limit = scaling(source)
+    with _blamed(entry):
+        text = f"{source.fingerprint()}|size={size}|limit={limit}"
     if entry.origin != "builtin":
         # What a source of the user's own says of its data, an edit of its code may have made untrue.
         text += f"|source={registry.source_hash(entry)}"
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _blamed(entry: registry.Entry) -> Iterator[None]:
+    """Turn whatever a source of the user's own raises into a DataError that names it, and the line where it can."""
+    try:
+        yield
+    except RobustkitError:
+        raise
+    except Exception as error:
+        if entry.origin == "builtin":
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [
+            frame.lineno for frame in frames if entry.file and Path(frame.filename).resolve() == entry.file.resolve()
+        ]
+        place = f" ({entry.file}:{lines[-1]})" if lines else ""
+        raise DataError(f"data {entry.name!r} fails: {type(error).__name__}: {error}{place}") from error

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from robustkit.data.arrays import Arrays, checked, limited, resized, stratified
 from robustkit.data.cache import cached
-from robustkit.data.fingerprint import fingerprint, source_of
+from robustkit.data.fingerprint import fingerprint, scaling, source_of
 from robustkit.data.split import Dataset, Split, split_of
 from robustkit.recipe.spec import Use
 
@@ -41,7 +41,7 @@ def load_dataset(
 
     def read() -> Arrays:
         arrays = checked(source.read(), f"data {use.name}")
-        return _prepared(arrays, source.size, source.limit)
+        return _prepared(arrays, *scaling(source))
 
     arrays = cached(key, read, cache)
     kept, cut = stratified(np.asarray(arrays.train_labels), validation, VALIDATION_SEED)

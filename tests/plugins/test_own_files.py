@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import robustkit
+from robustkit.cli.group import run as cli
 from robustkit.data.load import load_dataset
-from robustkit.errors import ModelError, RecipeError
+from robustkit.errors import DataError, ModelError, RecipeError
 from robustkit.pipeline import plan_of
 from robustkit.recipe.schema import load_recipe, parse_recipe
 from robustkit.results import Results
@@ -26,7 +27,7 @@ class Mine:
     """Two classes of noise, dark and bright."""
 
     def __init__(self, count: int = 60):
-        self.count, self.size, self.limit = count, None, None
+        self.count = count
 
     def fingerprint(self):
         return f"noise/{self.count}"
@@ -112,3 +113,26 @@ def test_a_changed_data_source_is_read_again(folder: Path) -> None:
     after, bright = seen()
     assert not before & after
     assert bright > dark + 0.02
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('return f"noise/{self.count}"', "return 1 / 0", r"ZeroDivisionError: .*own\.py:16"),
+        ("def fingerprint", "def print", "AttributeError: .*fingerprint"),
+        ("self.count = count", "raise KeyError('count')", r"KeyError: 'count' .*own\.py:13"),
+        ("import numpy as np", "import numpy as np\n[][0]", r"IndexError: .*own\.py:3"),
+    ],
+    ids=["fingerprint", "no fingerprint", "constructor", "import"],
+)
+def test_a_data_source_that_fails_is_named(
+    old: str, new: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "own.py").write_text(OWN.replace(old, new))
+    with pytest.raises(DataError, match=f"data 'Mine' fails: {message}"):
+        plan_of(parse_recipe(BARE, folder=folder))
+    (folder / "own.yaml").write_text(BARE)
+    assert cli(["check", str(folder / "own.yaml"), "--trust-plugins"]) == 1
+    shown = capsys.readouterr()
+    assert "error: data 'Mine' fails" in shown.err
+    assert "Traceback" not in shown.err

@@ -106,3 +106,23 @@ def test_check_runs_a_data_source_of_yours_only_with_trust(tmp_path: Path, capsy
     assert run([*command, "--trust-plugins"]) == 0
     assert "to run]" in capsys.readouterr().out
     assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
+def test_check_downloads_nothing(name: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {{{name}: {{root: data, download: true}}}}\nmodel: small_cnn\nvariants: {{a: }}\n")
+    done = _python(
+        "import sys; from robustkit.cli.group import run\n"
+        f"code = run(['check', {str(recipe)!r}])\n"
+        "heavy = {'torch', 'torchvision'} & set(sys.modules)\n"
+        "assert code == 0 and not heavy, (code, heavy)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[data to be downloaded]" in done.stdout
+    assert "a run downloads it there" in done.stdout
+    assert not (tmp_path / "data").exists()
+    recipe.write_text(recipe.read_text().replace(", download: true", ""))
+    done = _python(f"from robustkit.cli.group import main\nmain(['check', {str(recipe)!r}])")
+    assert done.returncode == 1
+    assert "`download: true`" in done.stderr

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.tree import Tree
 
 from robustkit import pipeline, registry
-from robustkit.errors import DataError
+from robustkit.errors import DataError, NotDownloaded
 from robustkit.recipe.cost import attack_passes, training_passes
 from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.schema import load_recipe
@@ -66,7 +66,9 @@ def _look(recipe: Recipe, trust_plugins: bool) -> Data:
         )
         return Data(state="not known", note=note)
     try:
-        return Data(pipeline.plan_of(recipe))
+        return Data(pipeline.plan_of(recipe, fetch=False))
+    except NotDownloaded as error:
+        return Data(state="data to be downloaded", note=str(error))
     except DataError as error:
         return Data(state="data missing", problem=str(error))
 

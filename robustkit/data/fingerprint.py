@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from robustkit import registry
-from robustkit.data.arrays import Source
+from robustkit.data.arrays import Downloads, Source
 from robustkit.errors import DataError, RobustkitError
 from robustkit.recipe.spec import Use
 
@@ -40,17 +40,27 @@ def scaling(source: Source) -> tuple[int | None, int | None]:
 
 
 def fingerprint(
-    use: Use, *, cache: Path | None = None, folder: Path | None = None, plugins: Sequence[Path] = ()
+    use: Use,
+    *,
+    cache: Path | None = None,
+    folder: Path | None = None,
+    plugins: Sequence[Path] = (),
+    fetch: bool = True,
 ) -> str:
     """Return a key of the data: equal content, size and limit give equal keys, wherever the files lie.
 
+    Files that the recipe says to download are downloaded first; not so without `fetch`.
+
     Raises:
         DataError: a file or folder is missing, or a source of the user's own fails.
+        NotDownloaded: the files are to be downloaded, and `fetch` is off.
     """
     entry = registry.find("data", use.name, folder=folder, plugins=plugins)
     source = source_of(use, folder, plugins)
     size, limit = scaling(source)
     with _blamed(entry):
+        if fetch and isinstance(source, Downloads):
+            source.fetch()
         text = f"{source.fingerprint()}|size={size}|limit={limit}"
     if entry.origin != "builtin":
         # What a source of the user's own says of its data, an edit of its code may have made untrue.

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 from robustkit.errors import UsageError
@@ -65,8 +66,9 @@ def lineage(path: Path, name: str) -> tuple[Found, ...]:
 
 def hooks_of(path: Path, name: str) -> tuple[str, ...]:
     """Return the names of the methods that a class has, other than those of robustkit's `Defense` as they are."""
-    nodes = [node for file, node in lineage(path, name) if (file, node.name) != (DEFENSE, "Defense")]
-    return tuple(dict.fromkeys(name for node in nodes for name in _members(node)))
+    # `Defense` has every hook, so that no base behind it has a say.
+    before = takewhile(lambda found: (found[0], found[1].name) != (DEFENSE, "Defense"), lineage(path, name))
+    return tuple(dict.fromkeys(name for _, node in before for name in _members(node)))
 
 
 def _members(node: ast.ClassDef) -> Iterator[str]:

@@ -344,8 +344,9 @@ def test_a_class_without_the_hook_owns_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import robustkit\nfrom robustkit import Defense\nclass Base(Defense): pass\nclass Mine(Base, Defense): pass\n"
         "class Round(Round): pass\nclass Other(robustkit.Defense, no.such.Thing, made()): pass\n"
+        "class Mixin:\n    def perturb(self, batch, step): ...\nclass Behind(Base, Mixin): pass\n"
     )
-    for name in ("Mine", "Round", "Other"):
+    for name in ("Mine", "Round", "Other", "Behind"):
         assert parse_recipe(pair_of(f"'mine.py:{name}'"), folder=tmp_path).variants
 
 

@@ -34,6 +34,10 @@ class DataError(RobustkitError):
     """A data set or one of its files is missing, broken or inconsistent; the message names the file."""
 
 
+class NotDownloaded(DataError):
+    """Data that a run downloads are not there yet."""
+
+
 class ModelError(RobustkitError):
     """A model does not fit its input or its file; the message names the layer or the file."""
 

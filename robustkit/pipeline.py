@@ -73,9 +73,14 @@ def entry_of(kind: str, use: Use, recipe: Recipe) -> registry.Entry:
     return registry.find(PLUGIN_KINDS[kind], use.name, folder=recipe.folder, plugins=recipe.plugins)
 
 
-def plan_of(recipe: Recipe, *, cache: Path | None = None) -> Plan:
-    """Return the plan of a recipe on its data as they lie on the disk now. Imports no torch."""
-    data = fingerprint(recipe.data, cache=cache, folder=recipe.folder)
+def plan_of(recipe: Recipe, *, cache: Path | None = None, fetch: bool = True) -> Plan:
+    """Return the plan of a recipe on its data as they lie on the disk now. Imports no torch, but for a download.
+
+    Raises:
+        DataError: the data are missing or broken.
+        NotDownloaded: they are to be downloaded, and `fetch` is off.
+    """
+    data = fingerprint(recipe.data, cache=cache, folder=recipe.folder, plugins=recipe.plugins, fetch=fetch)
     return make_plan(recipe, data, lambda kind, use: registry.source_hash(entry_of(kind, use, recipe)))
 
 

@@ -8,11 +8,11 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
 from robustkit import params
+from robustkit.classes import definition, lineage, parse
 from robustkit.errors import UsageError
 
 CONTEXT = frozenset({"shape", "classes", "num_classes", "in_channels", "model", "self"})
@@ -47,31 +47,6 @@ class Parameter:
         return self.default is REQUIRED
 
 
-@cache
-def _tree(path: Path, stamp: tuple[int, int]) -> ast.Module:
-    try:
-        return ast.parse(path.read_bytes(), filename=str(path))
-    except (SyntaxError, ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        raise UsageError(f"{path}{f':{line}' if line else ''}: not valid Python: {error}") from error
-
-
-def _parse(path: Path) -> ast.Module:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    return _tree(path, (stat.st_mtime_ns, stat.st_size))
-
-
-def definition(path: Path, name: str) -> ast.ClassDef | ast.FunctionDef | None:
-    """Return the class or function of this name at the top of a file."""
-    for node in _parse(path).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            return node
-    return None
-
-
 def read_summary(path: Path, name: str) -> str | None:
     """Return the first docstring line of a class or function; "" without one; None where it is not defined."""
     node = definition(path, name)
@@ -84,7 +59,7 @@ def classes_of(path: Path, base: str) -> tuple[str, ...]:
     """Return the names of the classes in a file that name this base."""
     return tuple(
         node.name
-        for node in _parse(path).body
+        for node in parse(path).body
         if isinstance(node, ast.ClassDef) and any(isinstance(one, ast.Name) and one.id == base for one in node.bases)
     )
 
@@ -93,22 +68,14 @@ def functions_of(path: Path, decorator: str) -> tuple[str, ...]:
     """Return the names of the functions in a file that carry this decorator."""
     return tuple(
         node.name
-        for node in _parse(path).body
+        for node in parse(path).body
         if isinstance(node, ast.FunctionDef)
         and any(isinstance(one, ast.Call) and getattr(one.func, "id", "") == decorator for one in node.decorator_list)
     )
 
 
-def hooks_of(path: Path, name: str) -> tuple[str, ...]:
-    """Return the names of the methods that a class defines itself."""
-    node = definition(path, name)
-    if not isinstance(node, ast.ClassDef):
-        return ()
-    return tuple(item.name for item in node.body if isinstance(item, ast.FunctionDef))
-
-
 def read_parameters(path: Path, name: str, *, untyped: bool = False) -> tuple[Parameter, ...]:
-    """Return the parameters of a dataclass, a class with `__init__`, or a function, in order.
+    """Return the parameters of a dataclass, a class with `__init__`, or a function, in order; inherited ones too.
 
     `untyped`: where an argument has no annotation, its type is taken from its default (users' code, libraries).
     """
@@ -117,10 +84,24 @@ def read_parameters(path: Path, name: str, *, untyped: bool = False) -> tuple[Pa
         raise UsageError(f"{path} defines no {name!r}")
     if isinstance(node, ast.FunctionDef):
         return tuple(_arguments(node, untyped))
-    for item in node.body:
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return tuple(_arguments(item, untyped))
-    return tuple(_fields(node)) if _is_dataclass(node) else ()
+    chain = [one for _, one in lineage(path, name)]
+    for position, one in enumerate(chain):
+        for item in one.body:
+            if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                return tuple(_arguments(item, untyped))
+        if _is_dataclass(one):
+            return _inherited(chain[position:])
+    return ()
+
+
+def _inherited(chain: list[ast.ClassDef]) -> tuple[Parameter, ...]:
+    """Return the fields of a dataclass in the order of its `__init__`: those of its bases first."""
+    fields: dict[str, Parameter] = {}
+    for node in reversed(chain):
+        if _is_dataclass(node):
+            # What another library annotates its fields with is not for a recipe to know.
+            fields |= {one.name: one for one in _fields(node, lenient=node is not chain[0])}
+    return tuple(fields.values())
 
 
 def function_parameters(node: ast.FunctionDef) -> tuple[Parameter, ...]:
@@ -140,13 +121,13 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
     return any(getattr(head, "id", getattr(head, "attr", "")) == "dataclass" for head in heads)
 
 
-def _fields(node: ast.ClassDef) -> Iterator[Parameter]:
+def _fields(node: ast.ClassDef, *, lenient: bool) -> Iterator[Parameter]:
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             name, text = item.target.id, ast.unparse(item.annotation)
             hidden = name.startswith("_") or text.startswith(("ClassVar", "InitVar"))
             if not hidden and not _not_in_init(item.value):
-                yield Parameter(name, text, resolve(item.annotation), _default(item.value))
+                yield Parameter(name, text, resolve(item.annotation, lenient=lenient), _default(item.value))
 
 
 def _not_in_init(value: ast.expr | None) -> bool:

@@ -50,7 +50,7 @@ class Workbench:
         if validation not in self._datasets:
             self.events("data", {"message": f"loading {self.recipe.data.name}"})
             self._datasets[validation] = load_dataset(
-                self.recipe.data, validation=validation, folder=self.recipe.folder
+                self.recipe.data, validation=validation, folder=self.recipe.folder, plugins=self.recipe.plugins
             )
         return self._datasets[validation]
 
@@ -79,7 +79,7 @@ class Workbench:
     def load(self, key: str) -> nn.Module:
         """Return a fresh copy of the stored model of a fit step, in eval mode on the device."""
         path = self.store.step(key) / MODEL
-        model = load_model(path, folder=self.recipe.folder, trust_plugins=True)
+        model = load_model(path, folder=self.recipe.folder, plugins=self.recipe.plugins, trust_plugins=True)
         return model.to(self.device).eval()
 
     def create(self, kind: registry.Kind, use: Use) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 import time
@@ -98,3 +99,47 @@ def test_an_unsafe_recipe_needs_trust(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["run", str(recipe), "--runs", str(tmp_path / "runs")]) == 2
     assert "--trust-plugins" in capsys.readouterr().err
     assert not mark.exists()
+
+
+def test_check_runs_a_data_source_of_yours_only_with_trust(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mark = tmp_path / "ran"
+    (tmp_path / "src.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+        "class Mine:\n    'Mine.'\n    size = limit = None\n    def fingerprint(self):\n        return 'mine'\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: 'src.py:Mine'\nmodel: small_cnn\nvariants: {a: }\n")
+    command = ["check", str(recipe), "--runs", str(tmp_path / "runs")]
+    assert run(command) == 0
+    shown = capsys.readouterr().out
+    assert "a: standard training" in shown
+    assert "[not known]" in shown
+    assert "--trust-plugins" in shown
+    assert run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["variants"][0]["to_run"] is None
+    assert "src.py:Mine" in found["data_note"]
+    assert not mark.exists(), "check ran the file"
+    assert run([*command, "--trust-plugins"]) == 0
+    assert "to run]" in capsys.readouterr().out
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
+def test_check_downloads_nothing(name: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {{{name}: {{root: data, download: true}}}}\nmodel: small_cnn\nvariants: {{a: }}\n")
+    done = _python(
+        "import sys; from robustkit.cli.group import run\n"
+        f"code = run(['check', {str(recipe)!r}])\n"
+        "heavy = {'torch', 'torchvision'} & set(sys.modules)\n"
+        "assert code == 0 and not heavy, (code, heavy)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[data to be downloaded]" in done.stdout
+    assert "a run downloads it there" in done.stdout
+    assert not (tmp_path / "data").exists()
+    recipe.write_text(recipe.read_text().replace(", download: true", ""))
+    done = _python(f"from robustkit.cli.group import main\nmain(['check', {str(recipe)!r}])")
+    assert done.returncode == 1
+    assert "`download: true`" in done.stderr

@@ -49,6 +49,27 @@ def test_show_of_nothing_helps(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'pgd'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nosuch.py:Net", "'nosuch.py:Net': there is no file or module 'nosuch.py'"),
+        ("no.such.module:Net", "there is no file or module 'no.such.module'"),
+        ("good.py:Net", "good.py defines no 'Net'"),
+        ("bad.py:Net", "bad.py:1: not valid Python"),
+    ],
+)
+def test_show_says_why_a_file_or_module_cannot_be_shown(
+    name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.py").write_text("class Other: 'Other.'\n")
+    (tmp_path / "bad.py").write_text("class (\n")
+    assert run(["show", name]) == 2
+    shown = capsys.readouterr().err
+    assert reason in shown
+    assert "there is no plugin" not in shown
+
+
 def test_init_writes_a_recipe_that_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     assert run(["init", str(path)]) == 0

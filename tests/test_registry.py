@@ -61,6 +61,28 @@ def test_files_and_modules(tmp_path: Path) -> None:
     assert not registry.runs_user_code(registry.find("compressor", "torch.nn.utils.prune:L1Unstructured"))
 
 
+def test_parameters_are_inherited(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom robustkit.defenses.adversarial import PgdTraining\n"
+        "from robustkit.models.small_cnn import SmallCnn\nraise SystemExit\n"
+        "class Plain(PgdTraining): 'Plain.'\n"
+        "@dataclass(frozen=True)\nclass More(PgdTraining):\n    steps: int = 3\n    weight: float = 0.5\n"
+        "class Own(Plain):\n    def __init__(self, weight): ...\n"
+        "class Net(SmallCnn): 'Net.'\n"
+    )
+
+    def names(kind: registry.Kind, name: str) -> dict[str, object]:
+        found = registry.parameters(registry.find(kind, f"mine.py:{name}", folder=tmp_path))
+        return {one.name: one.default for one in found}
+
+    base = {one.name: one.default for one in registry.parameters(registry.find("defense", "pgd_training"))}
+    assert names("defense", "Plain") == base
+    assert names("defense", "More") == base | {"steps": 3, "weight": 0.5}
+    assert list(names("defense", "More")) == [*base, "weight"]
+    assert list(names("defense", "Own")) == ["weight"]
+    assert list(names("model", "Net")) == ["widths"]
+
+
 RECIPE = "data: digits\nmodel: small_cnn\nvariants:\n  one: {defenses: ['mine.py:Quiet']}\n"
 
 

@@ -1,9 +1,10 @@
-"""`robustkit check`: a recipe's tree, what is done already, and what the rest costs. Runs nothing, imports no torch."""
+"""`robustkit check`: a recipe's tree, what is done, and what the rest costs. Trains nothing, imports no torch."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.tree import Tree
 
 from robustkit import pipeline, registry
-from robustkit.errors import DataError
+from robustkit.errors import DataError, NotDownloaded
 from robustkit.recipe.cost import attack_passes, training_passes
 from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.schema import load_recipe
@@ -27,23 +28,49 @@ from robustkit.store import Store
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder of runs."
 )
 @click.option("--name", help="Name of the run's folder; default: the recipe's name.")
+@click.option("--trust-plugins", is_flag=True, help="Let a data source of yours run, to see what is done already.")
 @click.option("--json", "as_json", envvar="ROBUSTKIT_CHECK_JSON", is_flag=True, help="Print JSON.")
-def command(recipe: Path, overrides: tuple[str, ...], runs: Path, name: str | None, as_json: bool) -> None:
+def command(
+    recipe: Path, overrides: tuple[str, ...], runs: Path, name: str | None, trust_plugins: bool, as_json: bool
+) -> None:
     """Check RECIPE and show its variants as a tree, what is done, and the cost in passes over an image."""
     parsed = load_recipe(recipe, overrides)
-    missing = None
-    try:
-        plan: Plan | None = pipeline.plan_of(parsed)
-    except DataError as error:
-        plan, missing = None, str(error)
+    data = _look(parsed, trust_plugins)
     store = Store(runs / (name or parsed.name))
-    rows = [_row(parsed, variant, plan, store) for variant in parsed.variants]
+    rows = [_row(parsed, variant, data.plan, store) for variant in parsed.variants]
     if as_json:
-        click.echo(json.dumps({"name": parsed.name, "variants": rows, "data_problem": missing}, indent=2))
+        shown = {"name": parsed.name, "variants": rows, "data_problem": data.problem, "data_note": data.note}
+        click.echo(json.dumps(shown, indent=2))
     else:
-        _print(parsed, rows, Console(), missing)
-    if missing is not None:
-        raise DataError(missing)
+        _print(parsed, rows, Console(), data)
+    if data.problem is not None:
+        raise DataError(data.problem)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is known of a recipe's data: a plan on them, or in a word and in a sentence why there is none."""
+
+    plan: Plan | None = None
+    state: str = ""
+    note: str | None = None
+    problem: str | None = None
+    """What is wrong with the data; a note without a problem is no mistake."""
+
+
+def _look(recipe: Recipe, trust_plugins: bool) -> Data:
+    if registry.runs_user_code(pipeline.entry_of("data", recipe.data, recipe)) and not trust_plugins:
+        note = (
+            f"not read, as that would run {recipe.data.name}; if you trust that code, add --trust-plugins to see "
+            "what is done already"
+        )
+        return Data(state="not known", note=note)
+    try:
+        return Data(pipeline.plan_of(recipe, fetch=False))
+    except NotDownloaded as error:
+        return Data(state="data to be downloaded", note=str(error))
+    except DataError as error:
+        return Data(state="data missing", problem=str(error))
 
 
 def _row(recipe: Recipe, variant: VariantSpec, plan: Plan | None, store: Store) -> dict[str, Any]:
@@ -53,28 +80,31 @@ def _row(recipe: Recipe, variant: VariantSpec, plan: Plan | None, store: Store) 
         known = registry.parameters(pipeline.entry_of(kind, use, recipe))
         return next((one.default for one in known if one.name == name), None)
 
+    # Without a plan nothing is known, which is not the same as nothing to do.
     steps = [step for seed in recipe.seeds for step in plan.of(variant.label, seed)] if plan else []
     state = Counter("done" if store.done(step.key) else "to run" for step in steps)
     return {
         "variant": variant.label,
         "parent": variant.parent,
         "what": describe_variant(variant),
-        "done": state["done"],
-        "to_run": state["to run"],
+        "done": state["done"] if plan else None,
+        "to_run": state["to run"] if plan else None,
         "training_passes": training_passes(variant, parameter),
         "attack_passes": attack_passes(recipe, parameter),
     }
 
 
-def _print(recipe: Recipe, rows: list[dict[str, Any]], console: Console, missing: str | None) -> None:
+def _print(recipe: Recipe, rows: list[dict[str, Any]], console: Console, data: Data) -> None:
     attacks = ", ".join(describe_use(use) for use in recipe.evaluate.attacks) or "none"
     threat = f"{recipe.threat.norm} eps {recipe.threat.eps:.4g}"
     tree = Tree(f"{recipe.name}: {recipe.data.name}, {threat}, seeds {', '.join(map(str, recipe.seeds))}")
     branches: dict[str, Tree] = {}
     for row in rows:
         above = branches[row["parent"]] if row["parent"] else tree
-        branches[row["variant"]] = above.add(_describe(row, missing))
+        branches[row["variant"]] = above.add(_describe(row, data.state))
     console.print(tree, highlight=False, markup=False)
+    if data.note is not None:
+        console.print(f"data: {data.note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"attacks: {attacks}", highlight=False, markup=False, soft_wrap=True)
     train = sum(row["training_passes"] for row in rows) * len(recipe.seeds)
     attack = sum(row["attack_passes"] for row in rows) * len(recipe.seeds)
@@ -86,9 +116,9 @@ def _print(recipe: Recipe, rows: list[dict[str, Any]], console: Console, missing
     )
 
 
-def _describe(row: dict[str, Any], missing: str | None) -> str:
-    if missing is not None:
-        state = "data missing"
+def _describe(row: dict[str, Any], unknown: str) -> str:
+    if unknown:
+        state = unknown
     elif not row["to_run"]:
         state = "done before"
     else:

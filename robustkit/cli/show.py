@@ -16,11 +16,7 @@ from robustkit.errors import UsageError, did_you_mean
 @click.option("--json", "as_json", envvar="ROBUSTKIT_SHOW_JSON", is_flag=True, help="Print JSON.")
 def command(name: str, as_json: bool) -> None:
     """Show the plugin NAME: its kind, what it does, where it lives, its parameters."""
-    entries = [entry for kind in registry.KINDS if (entry := _find(kind, name)) is not None]
-    if not entries:
-        known = [one for kind in registry.KINDS for one in registry.names(kind)]
-        known += [f"torchattacks.{one}" for one in registry.torchattacks_files()]
-        raise UsageError(f"there is no plugin {name!r}; {did_you_mean(name, known) or '`robustkit list` shows all'}")
+    entries = _entries(name)
     if as_json:
         click.echo(json.dumps([_record(entry) for entry in entries], indent=2, default=str))
         return
@@ -33,11 +29,21 @@ def command(name: str, as_json: bool) -> None:
         click.echo(f"  source: {entry.file}")
 
 
-def _find(kind: registry.Kind, name: str) -> registry.Entry | None:
-    try:
-        return registry.find(kind, name, folder=Path.cwd())
-    except UsageError:
-        return None
+def _entries(name: str) -> list[registry.Entry]:
+    found, reasons = [], []
+    for kind in registry.KINDS:
+        try:
+            found.append(registry.find(kind, name, folder=Path.cwd()))
+        except UsageError as error:
+            reasons.append(str(error).removeprefix(f"{kind} "))
+    if found:
+        return found
+    if ":" in name:
+        # A file or module is looked into alike for every kind, so that the first reason is everyone's.
+        raise UsageError(reasons[0])
+    known = [one for kind in registry.KINDS for one in registry.names(kind)]
+    known += [f"torchattacks.{one}" for one in registry.torchattacks_files()]
+    raise UsageError(f"there is no plugin {name!r}; {did_you_mean(name, known) or '`robustkit list` shows all'}")
 
 
 def _record(entry: registry.Entry) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,15 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Return a key of the content: equal content, equal key, wherever it lies."""
+        ...
+
+
+@runtime_checkable
+class Downloads(Protocol):
+    """A source that can get its files by itself; its `fingerprint` gets none."""
+
+    def fetch(self) -> None:
+        """Get the files where that is asked for and they are not there."""
         ...
 
 

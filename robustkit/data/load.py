@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from robustkit.data.arrays import Arrays, Source, checked, limited, resized, stratified
 from robustkit.data.cache import cached
-from robustkit.data.fingerprint import fingerprint, source_of
+from robustkit.data.fingerprint import fingerprint, scaling, source_of
 from robustkit.data.split import Dataset, Split, split_of
 from robustkit.errors import DataError
 from robustkit.recipe.spec import Use
@@ -20,22 +21,28 @@ CHUNK = 4096
 
 
 def load_dataset(
-    use: Use, *, validation: float = 0.1, cache: Path | None = None, folder: Path | None = None
+    use: Use,
+    *,
+    validation: float = 0.1,
+    cache: Path | None = None,
+    folder: Path | None = None,
+    plugins: Sequence[Path] = (),
 ) -> Dataset:
     """Return the data of a recipe as uint8 tensors on the CPU.
 
     `validation` is the share of each training class that is cut off for choosing checkpoints; the cut does not depend
     on the run's seed. Decoded data are cached under `cache` (default: ROBUSTKIT_CACHE or the user's cache folder).
+    `folder` is where relative paths start; `plugins` are files in which a source of yours is found by its bare name.
 
     Raises:
         DataError: a file is missing or broken; the message names it. Or there are too few images to hold any out.
     """
-    key = fingerprint(use, folder=folder)
-    source = source_of(use, folder)
+    key = fingerprint(use, folder=folder, plugins=plugins)
+    source = source_of(use, folder, plugins)
 
     def read() -> Arrays:
         arrays = checked(source.read(), _where(use, source))
-        return _prepared(arrays, source.size, source.limit)
+        return _prepared(arrays, *scaling(source))
 
     arrays = cached(key, read, cache)
     kept, cut = stratified(np.asarray(arrays.train_labels), validation, VALIDATION_SEED)

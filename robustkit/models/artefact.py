@@ -72,10 +72,13 @@ def read_architecture(path: Path) -> Architecture:
     return found
 
 
-def load_model(path: Path | str, *, folder: Path | None = None, trust_plugins: bool = False) -> nn.Module:
+def load_model(
+    path: Path | str, *, folder: Path | None = None, plugins: Sequence[Path] = (), trust_plugins: bool = False
+) -> nn.Module:
     """Return the model of a file in eval mode; its logits are bit-equal to those of the model that was saved.
 
-    A model of a user's own class needs `trust_plugins=True`: making it runs that class's code.
+    A model of a user's own class needs `trust_plugins=True`: making it runs that class's code. `folder` is where
+    relative files of code start; `plugins` are files in which the class is found by its bare name.
 
     Raises:
         ModelError: broken file, unknown architecture, or weights that do not fit it (checked before any is read).
@@ -84,7 +87,7 @@ def load_model(path: Path | str, *, folder: Path | None = None, trust_plugins: b
     described = read_architecture(path)
     use = Use(name=described.model, parameters=described.parameters, label=described.model)
     try:
-        entry = registry.find("model", use.name, folder=folder)
+        entry = registry.find("model", use.name, folder=folder, plugins=plugins)
         _, mistakes = registry.check_parameters(entry, use.parameters)
     except UsageError as error:
         raise ModelError(f"{path}: {error}") from error
@@ -93,17 +96,21 @@ def load_model(path: Path | str, *, folder: Path | None = None, trust_plugins: b
     own = registry.runs_user_code(entry)
     if own and not trust_plugins:
         raise ModelError(f"{path}: needs code from {use.name}; pass trust_plugins=True if you trust it")
-    model = _skeleton(path, use, described, folder, on_meta=not own)
+    model = _skeleton(path, use, described, folder, plugins, on_meta=not own)
     _fill(model, path)
     return model.eval()
 
 
-def _skeleton(path: Path, use: Use, described: Architecture, folder: Path | None, on_meta: bool) -> nn.Module:
+def _skeleton(
+    path: Path, use: Use, described: Architecture, folder: Path | None, plugins: Sequence[Path], on_meta: bool
+) -> nn.Module:
     channels = described.shape[0]
     try:
         # On the meta device nothing is allocated, whatever sizes the file claims.
         with torch.device("meta" if on_meta else "cpu"):
-            inner = build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder)
+            inner = build_inner(
+                use, shape=described.shape, classes=len(described.classes), folder=folder, plugins=plugins
+            )
             return without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels))
     except (ModelError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: its architecture cannot be built: {error}") from error

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustkit.signatures import Parameter, definition, function_parameters, untyped_parameter
+from robustkit.classes import definition
+from robustkit.signatures import Parameter, function_parameters, untyped_parameter
 
 FIXED_BY_ROBUSTKIT = frozenset({"weights", "progress", "aux_logits"})
 """Arguments that a recipe cannot set: models start from random weights and return logits alone."""

@@ -80,10 +80,11 @@ class Reader:
         return self._checked(kind, path, name, dict(given))
 
     def _checked(self, kind: registry.Kind, path: PathTuple, name: str, given: dict[str, Any]) -> Use | None:
-        label = given.pop("as", name)
+        default = _label(kind, name)
+        label = given.pop("as", default)
         if not isinstance(label, str) or not label.strip():
             self.problem((*path, "as"), "`as` is a name for this use")
-            label = name
+            label = default
         try:
             entry = registry.find(kind, name, folder=self.folder, plugins=self.plugins)
             refused = refusal(entry)
@@ -116,6 +117,11 @@ class Reader:
                 self.problem(here, f"two uses with the label {use.label!r}", hint)
             found.append(use)
         return tuple(found)
+
+
+def _label(kind: registry.Kind, name: str) -> str:
+    """Return what a use is called without `as`: an attack's label stands in gates and reports, where no path fits."""
+    return name.rpartition(":")[2] if kind == "attack" else name
 
 
 def _kind(value: object) -> str:

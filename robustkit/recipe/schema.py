@@ -127,8 +127,9 @@ def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec
     plain = reader.model(EvaluateInput, ("evaluate",), {key: item for key, item in given.items() if key != "attacks"})
     attacks = reader.uses("attack", ("evaluate", "attacks"), given.get("attacks", list(DEFAULT_ATTACKS)))
     for number, use in enumerate(attacks):
-        if use.label in (*ACCURACIES, *SIZES) or not SAFE_NAME.fullmatch(use.label.replace("torchattacks:", "")):
-            reader.problem(("evaluate", "attacks", number), f"{use.label!r} cannot be an attack's label")
+        if use.label in (*ACCURACIES, *SIZES) or not SAFE_NAME.fullmatch(use.label):
+            hint = f"give it another one: {{{use.name!r}: {{as: other-name}}}}"
+            reader.problem(("evaluate", "attacks", number), f"{use.label!r} cannot be an attack's label", hint)
     if plain is None:
         return EvaluateSpec(attacks=attacks)
     for number, eps in enumerate(plain.eps_curve):

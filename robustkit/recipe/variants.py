@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from robustkit import registry
+from robustkit.classes import hooks_of
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
 from robustkit.recipe.parts import read_threat, read_train
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import EXCLUSIVE_HOOKS, ThreatSpec, TrainSpec, Use, VariantSpec
-from robustkit.signatures import hooks_of
 
 KEYS = ("matrix", "from", "model", "threat", "defenses", "compress", "train")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
@@ -206,10 +206,19 @@ def _check_exclusive(reader: Reader, draft: Draft, defenses: tuple[Use, ...]) ->
 
 
 def owned_hooks(reader: Reader, use: Use) -> tuple[str, ...]:
-    """Return the exclusive hooks that a defense defines, read from its source."""
+    """Return the exclusive hooks that a defense defines or inherits, read from its source."""
     try:
         entry = registry.find("defense", use.name, folder=reader.folder, plugins=reader.plugins)
     except UsageError:
         return ()
+    if entry.origin == "registered":
+        return _live_hooks(registry.load(entry))
     defined = hooks_of(entry.file, entry.attribute) if entry.file else ()
     return tuple(hook for hook in EXCLUSIVE_HOOKS if hook in defined)
+
+
+def _live_hooks(made: object) -> tuple[str, ...]:
+    # Imported here, as it brings torch; a defense that is a class already has brought it before.
+    from robustkit.train import hooks
+
+    return hooks.owned_hooks(made) if isinstance(made, type) and issubclass(made, hooks.Defense) else ()

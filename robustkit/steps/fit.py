@@ -12,13 +12,14 @@ from robustkit.checkpoint import StateFile
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import Masks, hook_masks, is_hooked, without_hooks
 from robustkit.data.split import Dataset
+from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
 from robustkit.store import STATE
-from robustkit.train.hooks import Defense
+from robustkit.train.hooks import Defense, owned_hooks
 from robustkit.train.loop import fit
 from robustkit.workbench import MODEL, Workbench, threat_of
 
@@ -133,12 +134,29 @@ def _compressed(bench: Workbench, label: str | None) -> bool:
 def _defenses(bench: Workbench, variant: VariantSpec, keeper: MaskKeeper | None) -> list[tuple[str, Defense]]:
     named: list[tuple[str, Defense]] = []
     seen: dict[str, int] = {}
+    owners: dict[str, str] = {}
     for use in variant.defenses:
         seen[use.name] = seen.get(use.name, 0) + 1
         defense = bench.create("defense", use)
         assert isinstance(defense, Defense)
+        _check_owner(use.label, defense, owners)
         # The number of the use, not its label: renaming must not shift any random number.
         named.append((f"{use.name}#{seen[use.name]}", defense))
     if keeper is not None:
         named.append(("masks", keeper))
     return named
+
+
+def _check_owner(label: str, defense: Defense, owners: dict[str, str]) -> None:
+    """Note the exclusive hooks of a defense. The recipe was checked by its sources; this sees the classes themselves.
+
+    Raises:
+        UsageError: another defense of the variant owns one of them already.
+    """
+    for hook in owned_hooks(type(defense)):
+        if hook in owners:
+            raise UsageError(
+                f"{owners[hook]} and {label} both own `{hook}`; a variant can have one of them: keep one, or make "
+                "two variants"
+            )
+        owners[hook] = label

@@ -15,10 +15,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from robustkit import registry
+from robustkit.api import run
 from robustkit.attacks.threat import Threat
 from robustkit.data.split import Dataset, Split, split_of
+from robustkit.defenses.adversarial import PgdTraining
 from robustkit.defenses.inner import cross_entropy_score, kl_score
-from robustkit.errors import RecipeError
+from robustkit.errors import RecipeError, RobustkitError
 from robustkit.recipe.schema import load_recipe, parse_recipe
 from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.train.hooks import Batch, DataContext, Defense, Forward, Step, is_adversarial, owned_hooks
@@ -297,6 +299,78 @@ def test_two_owners_of_one_hook_are_a_recipe_error(pair: str) -> None:
     text = f"name: x\ndata: digits\nmodel: small_cnn\nvariants:\n  both: {{defenses: {pair}}}\n"
     with pytest.raises(RecipeError, match="perturb"):
         parse_recipe(text)
+
+
+HEIRS = {
+    "from robustkit.defenses.adversarial import PgdTraining": "PgdTraining",
+    "from robustkit.defenses.adversarial import PgdTraining as Base\nclass Between(Base): pass": "Between",
+    "from robustkit.defenses import adversarial": "adversarial.PgdTraining",
+    "import robustkit.defenses.adversarial": "robustkit.defenses.adversarial.PgdTraining",
+    "import robustkit.defenses.adversarial as there": "there.PgdTraining",
+    "from robustkit.defenses.adversarial import PgdTraining as Mine": "Mine",
+    "from helpers.base import Base": "Base",
+    "from robustkit import Defense\nclass Base(Defense):\n    def perturb(self, batch, step): ...": "Base",
+    "from robustkit import Defense\nclass Mixin:\n    perturb = print": "Mixin, Defense",
+}
+
+
+@pytest.fixture
+def heirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    package = tmp_path / "helpers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "base.py").write_text("from .far import Far\nclass Base(Far): pass\n")
+    (package / "far.py").write_text("from robustkit.defenses.adversarial import NFgsm\nclass Far(NFgsm): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def pair_of(name: str) -> str:
+    data = "{digits: {limit: 100}}"
+    return f"name: x\ndata: {data}\nmodel: small_cnn\nvariants: {{a: {{defenses: [{name}, n_fgsm]}}}}\n"
+
+
+@pytest.mark.parametrize("before", HEIRS)
+def test_a_hook_that_is_inherited_has_an_owner_too(before: str, heirs: Path) -> None:
+    (heirs / "mine.py").write_text(f"{before}\nraise SystemExit\nclass Mine({HEIRS[before]}): pass\n")
+    text = pair_of("'mine.py:Mine'")
+    with pytest.raises(RecipeError, match="both own `perturb`"):
+        parse_recipe(text, folder=heirs)
+    with pytest.raises(RecipeError, match="both own `perturb`"):
+        parse_recipe(text.replace("'mine.py:Mine'", "Mine") + "plugins: [mine.py]\n", folder=heirs)
+
+
+def test_a_class_without_the_hook_owns_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import robustkit\nfrom robustkit import Defense\nclass Base(Defense): pass\nclass Mine(Base, Defense): pass\n"
+        "class Round(Round): pass\nclass Other(robustkit.Defense, no.such.Thing, made()): pass\n"
+        "class Mixin:\n    def perturb(self, batch, step): ...\nclass Behind(Base, Mixin): pass\n"
+    )
+    for name in ("Mine", "Round", "Other", "Behind"):
+        assert parse_recipe(pair_of(f"'mine.py:{name}'"), folder=tmp_path).variants
+
+
+def test_a_registered_class_owns_what_it_inherits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", registry.Registered())
+
+    @registry.register("defense")
+    class Heir(PgdTraining):
+        """Heir."""
+
+    assert owned_hooks(Heir) == ("perturb",)
+    with pytest.raises(RecipeError, match="both own `perturb`"):
+        parse_recipe(pair_of("heir"))
+
+
+def test_two_owners_that_no_source_shows_fail_before_training(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from robustkit.defenses.adversarial import PgdTraining\ndef made(): return PgdTraining\n"
+        "class Mine(made()): 'Mine.'\n"
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(pair_of("'mine.py:Mine'"))
+    with pytest.raises(RobustkitError, match=r"mine\.py:Mine and n_fgsm both own `perturb`"):
+        run(path, runs=tmp_path / "runs")
 
 
 def test_the_custom_defense_is_reached_from_its_recipe(digits: Split) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from robustkit.data.arrays import Arrays, names_of
 from robustkit.data.content import content_hash
-from robustkit.errors import DataError
+from robustkit.errors import DataError, NotDownloaded
 from robustkit.params import PathStr, PositiveInt
 
 FILES = {
@@ -38,9 +38,14 @@ class FashionMnist:
         """Return the images as uint8 (N, 1, 28, 28)."""
         return _read(_files(self.root, "FashionMNIST", self.download), FASHION)
 
+    def fetch(self) -> None:
+        """Download the files where `download` says so and they are not there."""
+        if self.download:
+            _files(self.root, "FashionMNIST", True)
+
     def fingerprint(self) -> str:
         """Return a key of the four files."""
-        return content_hash(list(_files(self.root, "FashionMNIST", self.download).values()))
+        return content_hash(list(_files(self.root, "FashionMNIST", self.download, fetch=False).values()))
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,24 @@ class Mnist:
         """Return the images as uint8 (N, 1, 28, 28)."""
         return _read(_files(self.root, "MNIST", self.download), names_of(10))
 
+    def fetch(self) -> None:
+        """Download the files where `download` says so and they are not there."""
+        if self.download:
+            _files(self.root, "MNIST", True)
+
     def fingerprint(self) -> str:
         """Return a key of the four files."""
-        return content_hash(list(_files(self.root, "MNIST", self.download).values()))
+        return content_hash(list(_files(self.root, "MNIST", self.download, fetch=False).values()))
 
 
-def _files(root: str, name: str, download: bool) -> dict[str, Path]:
+def _files(root: str, name: str, download: bool, *, fetch: bool = True) -> dict[str, Path]:
     """Find the four files in the folder, in <folder>/raw, or where torchvision lays them."""
     base = Path(root).expanduser()
     found = _search(base, name)
     if isinstance(found, dict):
         return found
+    if download and not fetch:
+        raise NotDownloaded(f"{name} is not in {base} yet; a run downloads it there")
     if download:
         _download(base, name)
         found = _search(base, name)

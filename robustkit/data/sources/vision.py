@@ -11,11 +11,16 @@ import numpy as np
 
 from robustkit.data.arrays import Arrays, names_of
 from robustkit.data.content import content_hash
-from robustkit.errors import DataError
+from robustkit.errors import DataError, NotDownloaded
 from robustkit.params import PathStr, PositiveInt
 
 Open = Callable[[bool], Any]
 """(train) -> torchvision data set; torchvision checks the md5 of the files before it reads them."""
+FILES = {
+    "CIFAR10": [f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch")],
+    "CIFAR100": ["cifar-100-python/train", "cifar-100-python/test"],
+    "SVHN": ["train_32x32.mat", "test_32x32.mat"],
+}
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,14 @@ class Cifar10:
         """Return the images as uint8 (N, 3, 32, 32)."""
         return _cifar("CIFAR10", self.root, self.download)
 
+    def fetch(self) -> None:
+        """Download the files where `download` says so and they are not there."""
+        if self.download and _missing("CIFAR10", self.root):
+            _fetch("CIFAR10", self.root)
+
     def fingerprint(self) -> str:
         """Return a key of the batch files."""
-        files = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-        return _fingerprint("CIFAR10", self.root, self.download, "cifar-10-batches-py", files)
+        return _fingerprint("CIFAR10", self.root, self.download)
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,14 @@ class Cifar100:
         """Return the images as uint8 (N, 3, 32, 32)."""
         return _cifar("CIFAR100", self.root, self.download)
 
+    def fetch(self) -> None:
+        """Download the files where `download` says so and they are not there."""
+        if self.download and _missing("CIFAR100", self.root):
+            _fetch("CIFAR100", self.root)
+
     def fingerprint(self) -> str:
         """Return a key of the batch files."""
-        return _fingerprint("CIFAR100", self.root, self.download, "cifar-100-python", ["train", "test"])
+        return _fingerprint("CIFAR100", self.root, self.download)
 
 
 @dataclass(frozen=True)
@@ -82,9 +96,14 @@ class Svhn:
             names_of(10),
         )
 
+    def fetch(self) -> None:
+        """Download the files where `download` says so and they are not there."""
+        if self.download and _missing("SVHN", self.root):
+            _fetch("SVHN", self.root)
+
     def fingerprint(self) -> str:
         """Return a key of the two files."""
-        return _fingerprint("SVHN", self.root, self.download, "", ["train_32x32.mat", "test_32x32.mat"])
+        return _fingerprint("SVHN", self.root, self.download)
 
 
 def _cifar(name: str, root: str, download: bool) -> Arrays:
@@ -114,15 +133,21 @@ def _open(make: Callable[[], Any], name: str, root: str) -> Any:  # noqa: ANN401
         ) from error
 
 
-def _fingerprint(name: str, root: str, download: bool, folder: str, files: list[str]) -> str:
-    base = Path(root).expanduser() / folder
-    paths = [base / file for file in files]
-    if download and not all(path.is_file() for path in paths):
-        _fetch(name, root)
-    missing = [str(path) for path in paths if not path.is_file()]
+def _paths(name: str, root: str) -> list[Path]:
+    return [Path(root).expanduser() / file for file in FILES[name]]
+
+
+def _missing(name: str, root: str) -> list[Path]:
+    return [path for path in _paths(name, root) if not path.is_file()]
+
+
+def _fingerprint(name: str, root: str, download: bool) -> str:
+    missing = _missing(name, root)
+    if missing and download:
+        raise NotDownloaded(f"{name} is not in {Path(root).expanduser()} yet; a run downloads it there")
     if missing:
         raise DataError(f"{missing[0]}: there is no such file; set `root` to the folder of {name}, or `download: true`")
-    return content_hash(paths)
+    return content_hash(_paths(name, root))
 
 
 def _fetch(name: str, root: str) -> None:

@@ -17,6 +17,8 @@ CURVE = 22.0 + 5.0
 """Each eps of the security curve: 10 steps of pgd, 4 tries of noise."""
 CHECKS = 163.0 + 15.0
 """The sanity checks: 40 steps of pgd from 2 starts, 7 forwards, 4 gradients of two passes."""
+CASCADE = {"quick": 219.0, "standard": 933.0, "thorough": 7519.0}
+"""Every stage of the cascade on an example that stays close to being fooled; most leave far earlier."""
 CHECKED = 64
 """How many images the sanity checks look at."""
 Parameter = Callable[[str, Use, str], object]
@@ -69,8 +71,28 @@ def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
         return value("tries") + 1.0
     if use.name == "fgsm":
         return 3.0
+    if use.name == "cascade":
+        return CASCADE[str(parameter("attack", use, "budget"))] + 1.0
+    if use.name == "square":
+        return value("restarts") * (value("n_queries") + 1.0) + 1.0
+    if use.name == "apgd":
+        return value("restarts") * 2.0 * (value("steps") + 1.0) * value("eot") + 1.0
+    if use.name == "autoattack":
+        return _autoattack(str(parameter("attack", use, "version")), value("steps"), value("n_queries"), facts.classes)
     steps = next((found for name in STEP_NAMES if (found := value(name))), 1.0)
     return _pgd(steps, value("restarts") or 1.0)
+
+
+def _autoattack(version: str, steps: float, queries: float, classes: int) -> float:
+    """Standard: also of l1, whose five restarts with larger balls cost less than nine targets and these."""
+    climb = 2.0 * (steps + 1.0)
+    if version == "rand":
+        return 2.0 * (20.0 * climb + 2.0) + 1.0
+    targets = min(9, classes - 1)
+    aimed = targets * (1.0 + climb) + targets * (3.0 + 3.0 * steps) + 2.0
+    searched = queries + 4.0
+    plus = 5.0 * (climb + 1.0) + 5.0 * (2.0 + steps * (1.0 + classes)) if version == "plus" else 0.0
+    return 5.0 * (climb + 3.0) + 2.0 + aimed + searched + plus + 1.0
 
 
 def _pgd(steps: float, restarts: float) -> float:

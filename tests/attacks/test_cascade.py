@@ -8,14 +8,18 @@ import torch
 from oracles import digits, slack, softmax_regression
 from torch import Tensor, nn
 
+from robustkit.attacks.apgd import Apgd
 from robustkit.attacks.autoattack import AutoAttack
-from robustkit.attacks.cascade import Cascade
+from robustkit.attacks.cascade import SCHEDULES, Cascade
 from robustkit.attacks.hyperplane import onto_hyperplane
 from robustkit.attacks.losses import dlr, dlr_to, margin
 from robustkit.attacks.square import Square
 from robustkit.attacks.threat import Threat
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
 from robustkit.evaluation.outcome import Outcome
+from robustkit.recipe.cost import CASCADE, one_attack_passes
+from robustkit.recipe.facts import Facts
+from robustkit.recipe.spec import Use
 
 CPU = torch.device("cpu")
 
@@ -163,3 +167,29 @@ def test_dlr_does_not_see_scale_or_shift() -> None:
     torch.testing.assert_close(dlr_to(7 * logits + 3, y, target), dlr_to(logits, y, target), rtol=1e-4, atol=1e-5)
     assert torch.equal(dlr(logits, y) > 0, margin(logits, y) > 0)
     torch.testing.assert_close(dlr(logits[:, :2], y % 2), margin(logits[:, :2], y % 2))
+
+
+@pytest.mark.parametrize("budget", list(SCHEDULES))
+def test_check_says_what_the_cascade_costs_at_most(budget: str) -> None:
+    plan = SCHEDULES[budget]  # type: ignore[index]
+    steps = [plan.probe, plan.direction, *[plan.target_steps] * plan.targets]
+    steps += [plan.refine_steps] * plan.refine_targets + [plan.restart_steps] * plan.restarts
+    total = sum(2 * count + 1 for count in steps) + (plan.queries + 1 if plan.queries else 0)
+    assert CASCADE[budget] == total
+
+
+@pytest.mark.parametrize("name", ["square", "apgd", "autoattack"])
+def test_check_says_what_the_others_cost_at_most(name: str) -> None:
+    parameters = {"steps": 6, "n_queries": 9} if name != "square" else {"n_queries": 9}
+    parameters = {"steps": 6} if name == "apgd" else parameters
+    x, y = torch.rand(2, 4), torch.zeros(2, dtype=torch.int64)
+    made = {"square": Square(n_queries=9), "apgd": Apgd(steps=6), "autoattack": AutoAttack(steps=6, n_queries=9)}
+    defaults = {"restarts": 1, "eot": 1, "version": "standard"}
+
+    def parameter(kind: str, use: Use, key: str) -> object:
+        return parameters.get(key, defaults.get(key))
+
+    said = one_attack_passes(Use(name=name, label=name), parameter, Facts(classes=10, channels=1, side=2, test=2))
+    _, found = attacked(Fixed(), x, y, made[name], Threat("linf", 0.1))
+    measured = (found.forwards + found.backwards) / 2
+    assert measured <= said <= 10 * measured

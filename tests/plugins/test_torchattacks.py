@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -270,9 +271,9 @@ def test_zero_gradients_make_no_success_and_no_nan(name: str, gray: Trained) -> 
 @pytest.mark.parametrize("name", ["PGD", "APGD", "Square", "VANILA"])
 def test_called_directly_it_leaves_the_mode_alone(name: str, gray: Trained) -> None:
     attack = TorchAttack(name, QUICK.get(name, {}))
-    assert not any(module.training for module in gray.model.modules())
-    attack(gray.model, gray.x[1500:1504], gray.y[1500:1504], Threat("linf", 0.1), generator=torch.Generator())
-    assert not any(module.training for module in gray.model.modules())
+    model = copy.deepcopy(gray.model).eval()
+    attack(model, gray.x[1500:1504], gray.y[1500:1504], Threat("linf", 0.1), generator=torch.Generator())
+    assert not any(module.training for module in model.modules())
 
 
 def test_channels_last_images_are_taken(gray: Trained) -> None:

@@ -46,7 +46,7 @@ QUICK: dict[str, list[dict[str, Any]]] = {
     "UPGD": [{"steps": 5, "eot_iter": 4}, {"steps": 2, "loss": "dlr"}],
     "PGDRS": [{"steps": 3}, {"steps": 3, "noise_batch_size": 3}],
     "PGDRSL2": [{"steps": 3}, {"steps": 3, "noise_batch_size": 3}],
-    "BIM": [{}, {"steps": 0}],
+    "BIM": [{}],
     "PIFGSM": [{"num_iter_set": 3}],
     "CW": [{"steps": 7}],
     "EADL1": [{"max_iterations": 20, "binary_search_steps": 2}],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit import registry
-from robustkit.attacks import active, gradient
+from robustkit.attacks import active, search
 from robustkit.attacks.gradient import Fgsm, Pgd
 from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Threat
@@ -624,7 +624,7 @@ def test_an_attack_step_runs_on_the_meta_device(attack: Any, norm: str, monkeypa
     def everyone(robust: Tensor) -> Tensor:
         return torch.empty(len(robust), dtype=torch.int64, device="meta")
 
-    for module in (active, gradient, __import__("robustkit.attacks.noise", fromlist=["noise"])):
+    for module in (active, search, __import__("robustkit.attacks.noise", fromlist=["noise"])):
         monkeypatch.setattr(module, "survivors", everyone)
     model = network().to("meta").eval()
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The default protocol: cheap attacks first, each further one only on what is left, the most on what is close.
+"""Cheap attacks first, each further one only on what is left, the most on what is close.
 
 After Liu et al. 2022 (A3, arXiv 2203.05154: cosine steps, output directions, effort where the margin is small), Tashiro
 et al. 2020 (output directions, arXiv 2003.06878), Gowal et al. 2019 (one target a restart, arXiv 1910.09338) and
@@ -252,7 +252,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class Cascade:
-    """The default: as strong as AutoAttack for a fraction of its time; no parameters but how much to spend."""
+    """Cheap attacks first, each further one on what is left; no parameters but how much to spend."""
 
     seeded_by_example: ClassVar[bool] = True
 

@@ -49,7 +49,7 @@ def clean_step(bench: Workbench, step: Step) -> None:
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
     )
-    _finish_outcome(bench, step, outcome, {"not_finite": outcome.not_finite})
+    _finish_outcome(bench, step, outcome)
 
 
 def attack_step(bench: Workbench, step: Step) -> None:

@@ -107,7 +107,7 @@ def evaluate(
     y: Tensor | NDArray[Any],
     *,
     threat: Threat,
-    attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | Attack | None] = ("fgsm", "pgd"),
+    attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | Attack | None] = ("fgsm", "cascade"),
     seed: int = 0,
     batch_size: int = 256,
 ) -> Evaluation:

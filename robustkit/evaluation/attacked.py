@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.counting import CountedModel
+from robustkit.attacks.layout import attack_layout
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.seen import NO_CLASS, Checkpoint, Seen
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
 RELATIVE_SLACK = 1e-4
 ABSOLUTE_SLACK = 1e-6
-NO_CLASS = -1
-"""The prediction from logits that are not finite."""
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, int], None]
+"""(examples done, examples to do, those of the done that are still right)"""
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -119,6 +119,7 @@ def attack_outcome(
     device: torch.device,
     keep: int = 0,
     on_progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Outcome:
     """Return the outcome of an attack on the examples that the model gets right without it.
 
@@ -127,7 +128,9 @@ def attack_outcome(
     prediction are kept, and the outcome counts it.
     Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
-    `keep`: how many of the first examples' images the outcome holds.
+    Where the memory does not take a batch, it is halved, down to one example.
+    `keep`: how many of the first examples' images the outcome holds. `checkpoint`: where whole batches are kept, so
+    that a run that was stopped goes on after them with the same result.
 
     Raises:
         AttackError: the attack returned something that is no batch of images.
@@ -135,65 +138,55 @@ def attack_outcome(
     started = time.perf_counter()
     threat = threat.to(device)
     todo = torch.from_numpy(np.flatnonzero(clean.correct))
-    seen = _Seen(
-        prediction=torch.from_numpy(clean.prediction.copy()),
-        distance=torch.zeros(len(y)),
-        projected=torch.zeros((), dtype=torch.int64, device=device),
-        not_finite=torch.zeros((), dtype=torch.int64, device=device),
-        images=as_images(x[:keep].to("cpu")).clone(),
-    )
+    seen = Seen.start(clean.prediction, as_images(x[:keep].to("cpu")), checkpoint)
     with undisturbed(model), torch.enable_grad():
         counted = CountedModel(model).eval()
-        for first in range(0, len(todo), batch_size):
-            index = todo[first : first + batch_size]
+        counted.layout = attack_layout(model, as_images(x[:2].to(device)))
+        size = batch_size
+        while seen.done < len(todo):
+            index = todo[seen.done : seen.done + size]
             images = as_images(x[index.to(x.device)].to(device))
             labels = y[index.to(y.device)].to(device)
             generator = generator_for(attack, seed, label, int(index[0]), device)
             budget = threat.select(index.to(device))
-            # A copy: what changes its input in place must still be measured against the clean images.
-            found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
-            found, length, outside = audited(found, images, budget, label)
-            counted.eval()
-            with torch.no_grad():
-                answer = predicted(counted(found))
+            try:
+                # A copy: what changes its input in place must still be measured against the clean images.
+                found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
+                found, length, outside = audited(found, images, budget, label)
+                answer = asked(counted, found)
+            except RuntimeError as error:
+                size = halved(len(index), error)
+                continue
             seen.add(index, images, found, answer, length, outside)
+            seen.pay(counted, time.perf_counter() - started)
+            seen.save(checkpoint, last=seen.done == len(todo))
             if on_progress is not None:
-                on_progress(min(first + batch_size, len(todo)), len(todo))
-    return Outcome(
-        correct=(seen.prediction == y.cpu()).numpy(),
-        prediction=seen.prediction.numpy(),
-        distance=seen.distance.numpy(),
-        forwards=counted.forwards,
-        backwards=counted.backwards,
-        seconds=time.perf_counter() - started,
-        projected=int(seen.projected),
-        not_finite=int(seen.not_finite),
-        adversarial=seen.images if keep else None,
-    )
+                on_progress(seen.done, len(todo), seen.robust(y, todo))
+    return seen.outcome(y, keep)
 
 
-@dataclass
-class _Seen:
-    """What an attack did so far: one entry a test example, and the first examples' images."""
+def asked(counted: CountedModel, images: Tensor) -> Tensor:
+    """Return the classes (N,) that a model gives images as its user would ask it: in eval mode, in plain layout."""
+    layout, counted.layout = counted.layout, torch.contiguous_format
+    try:
+        with torch.no_grad():
+            return predicted(counted.eval()(images))
+    finally:
+        counted.layout = layout
 
-    prediction: Tensor
-    distance: Tensor
-    projected: Tensor
-    not_finite: Tensor
-    images: Tensor
 
-    def add(
-        self, index: Tensor, images: Tensor, found: Tensor, answer: Tensor, length: Tensor, outside: Tensor
-    ) -> None:
-        """Take in the batch of the examples at `index`: clean images, what was found, and the model's answer to it."""
-        self.projected += outside
-        answered = answer != NO_CLASS
-        self.not_finite += (~answered).sum()
-        self.prediction[index] = torch.where(answered.cpu(), answer.cpu(), self.prediction[index])
-        self.distance[index] = length.cpu()
-        shown = index < len(self.images)
-        kept = torch.where(answered.view(-1, *[1] * (found.dim() - 1)), found, images)
-        self.images[index[shown]] = kept[shown.to(found.device)].cpu()
+def halved(size: int, error: RuntimeError) -> int:
+    """Return half a batch size where an error says that the memory is full.
+
+    Raises:
+        RuntimeError: the error itself, where it says something else or one example is too much.
+    """
+    full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if not full or size <= 1:
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return size // 2
 
 
 def generator_for(attack: Attack, seed: int, label: str, first: int, device: torch.device) -> torch.Generator:

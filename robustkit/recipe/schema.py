@@ -35,7 +35,7 @@ TOP = (
     "plugins",
 )
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
-DEFAULT_ATTACKS: tuple[Any, ...] = ("noise", "fgsm", {"pgd": {"steps": 20, "restarts": 2}})
+DEFAULT_ATTACKS: tuple[Any, ...] = ("noise", "fgsm", {"pgd": {"steps": 20}}, "cascade")
 
 
 class EvaluateInput(Plain):

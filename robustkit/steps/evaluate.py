@@ -20,6 +20,7 @@ from robustkit.evaluation.outcome import Outcome
 from robustkit.missing import latency_key
 from robustkit.recipe.plan import Step
 from robustkit.seeding import derive_seed
+from robustkit.store import Partial
 from robustkit.workbench import MODEL, Workbench, threat_of
 
 OUTCOME = "outcome.npz"
@@ -69,7 +70,8 @@ def attack_step(bench: Workbench, step: Step) -> None:
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
         keep=bench.recipe.evaluate.gallery,
-        on_progress=bench.progress,
+        on_progress=bench.attacked,
+        checkpoint=Partial(bench.store, step.key),
     )
     files: tuple[str, ...] = (OUTCOME,)
     if outcome.adversarial is not None and len(outcome.adversarial):

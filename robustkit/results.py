@@ -101,6 +101,30 @@ class Curve(Record):
         return self
 
 
+class Audit(Record):
+    """AutoAttack-standard on a random subset of what the attacks left: `broken` of `examined` fell.
+
+    `low`, `high`: exact 95 % bounds on how many of all `survivors` (of `n` examples) would.
+    """
+
+    n: Count
+    survivors: Count
+    examined: Count
+    broken: Count
+    low: Count
+    high: Count
+    forwards: Count
+    backwards: Count
+    seconds: Amount
+
+    def __str__(self) -> str:
+        least, most = (self.survivors - self.high) / max(1, self.n), (self.survivors - self.low) / max(1, self.n)
+        return (
+            f"audit: AutoAttack breaks {self.broken} of {self.examined} survivors; on all {self.survivors} robust "
+            f"accuracy would be {least:.1%} to {most:.1%}"
+        )
+
+
 class Latency(Record):
     """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
 

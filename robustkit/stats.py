@@ -38,6 +38,26 @@ def clopper_pearson(correct: int, n: int, confidence: float = CONFIDENCE) -> Rat
     return Rate(value=correct / n, low=low, high=high, n=n)
 
 
+def hypergeometric(hits: int, drawn: int, total: int, confidence: float = CONFIDENCE) -> tuple[int, int]:
+    """Return bounds on how many of `total` are hits when `drawn` of them, taken without replacement, have `hits`.
+
+    Exact: the numbers for which neither tail of the hypergeometric distribution is below (1 - confidence) / 2
+    (Buonaccorsi, The American Statistician 1987).
+    """
+    from scipy.stats import hypergeom
+
+    if not 0 <= hits <= drawn <= total:
+        raise ValueError(f"{hits} hits in {drawn} of {total} cannot be")
+    tail = (1 - confidence) / 2
+    numbers = np.arange(hits, total - (drawn - hits) + 1)
+    # P(X >= hits) grows with the number of hits there are, P(X <= hits) falls.
+    likely = (hypergeom.sf(hits - 1, total, numbers, drawn) > tail) & (
+        hypergeom.cdf(hits, total, numbers, drawn) > tail
+    )
+    found = numbers[likely]
+    return int(found.min()), int(found.max())
+
+
 def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Paired:
     """Return the difference in accuracy, after minus before, on the same examples (N,).
 

@@ -81,6 +81,14 @@ def l2_norm(x: Tensor) -> Tensor:
     return norm.view(-1, *[1] * (x.dim() - 1))
 
 
+def l2_direction(gradient: Tensor) -> Tensor:
+    """Return each example's gradient (N, ...) at an L2 norm of 1, however small it is; 0 where it is 0."""
+    # The squares of small entries are zero in float32, and the norm has a floor: the largest entry is made 1 first.
+    peak = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    scaled = gradient / peak.view(-1, *[1] * (gradient.dim() - 1))
+    return scaled / l2_norm(scaled)
+
+
 def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
     """Return x (N, ...) plus a uniform draw from the threat's ball, kept in [0, 1].
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.active import survivors
 from robustkit.attacks.losses import as_logits, margin, wrong_classes
-from robustkit.attacks.projection import l2_norm, within
+from robustkit.attacks.projection import l2_direction, within
 from robustkit.attacks.threat import Threat
 from robustkit.errors import AttackError
 
@@ -45,8 +45,7 @@ def steepest(x: Tensor, gradient: Tensor, threat: Threat, length: Tensor) -> Ten
         return gradient.sign() * length
     room = torch.where(gradient > 0, 1 - x, x)
     if threat.norm == "l2":
-        free = gradient * (room > 0)
-        return free / l2_norm(free) * length
+        return l2_direction(gradient * (room > 0)) * length
     room = room.flatten(1)
     order = gradient.flatten(1).abs().argsort(1, descending=True)
     sorted_room = room.gather(1, order)

@@ -21,15 +21,17 @@ Score = Callable[[Tensor, Tensor, int], Tensor]
 """(logits (n, classes), positions of these examples in the batch (n,), step) -> what to climb, one number each."""
 
 
-def input_gradient(score: Tensor, images: Tensor) -> Tensor:
+def input_gradient(score: Tensor, images: Tensor, *, keep: bool = False) -> Tensor:
     """Return the gradient of a score (one number) with respect to the images it was computed from.
+
+    `keep`: another score of the same forward is to follow.
 
     Raises:
         AttackError: the score does not depend on the images through autograd.
     """
     if not score.requires_grad:
         raise AttackError(NO_GRADIENT)
-    (gradient,) = torch.autograd.grad(score, images, allow_unused=True)
+    (gradient,) = torch.autograd.grad(score, images, retain_graph=keep, allow_unused=True)
     if gradient is None:
         raise AttackError(NO_GRADIENT)
     return gradient

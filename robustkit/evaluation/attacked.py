@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.counting import CountedModel
+from robustkit.attacks.projection import distances as distances
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
 from robustkit.evaluation.outcome import Outcome
@@ -42,14 +43,6 @@ def as_images(x: Tensor) -> Tensor:
                 "into the model, e.g. robustkit.models.normalized.Normalized(model, mean, std)"
             )
     return x.detach().to(torch.float32).clamp(0, 1)
-
-
-def distances(delta: Tensor, norm: str) -> Tensor:
-    """Return the norm of each example's change (N,)."""
-    flat = delta.flatten(1)
-    order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[norm]
-    norms: Tensor = torch.linalg.vector_norm(flat, ord=order, dim=1)
-    return norms
 
 
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, device: torch.device) -> Outcome:

@@ -21,7 +21,7 @@ def project_(delta: Tensor, threat: Threat) -> Tensor:
         # A shrunk example keeps its direction; the tiny floor only avoids 0/0 for delta == 0.
         return delta.mul_((eps / l2_norm(delta)).clamp(max=1.0))
     if threat.norm == "l0":
-        return delta.mul_(_largest(delta.square(), eps))
+        return delta.mul_(largest(delta.square(), eps))
     return delta.copy_(_onto_l1(delta, torch.full_like(delta, torch.inf), eps))
 
 
@@ -39,7 +39,7 @@ def within(x: Tensor, adversarial: Tensor, threat: Threat) -> Tensor:
     if threat.norm == "l0":
         held = delta.clamp(-x, 1 - x)
         # What keeping a value brings the image nearer to where it was to go.
-        kept = _largest(delta.square() - (delta - held).square(), eps)
+        kept = largest(delta.square() - (delta - held).square(), eps)
         return torch.where(kept, x + held, x).clamp(0, 1)
     room = torch.where(delta > 0, 1 - x, x)
     return (x + _onto_l1(delta, room, eps)).clamp(0, 1)
@@ -52,7 +52,7 @@ def distances(delta: Tensor, norm: str) -> Tensor:
     return norms
 
 
-def _largest(values: Tensor, count: Tensor) -> Tensor:
+def largest(values: Tensor, count: Tensor) -> Tensor:
     """Return which are the `count` (N, 1, ..., 1) largest values of each example of `values` (N, ...)."""
     rank = values.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view(values.shape)
     return rank < count
@@ -146,7 +146,7 @@ def random_extreme(x: Tensor, threat: Threat, generator: torch.Generator) -> Ten
 
 def _redrawn(x: Tensor, threat: Threat, generator: torch.Generator, values: Tensor) -> Tensor:
     """Return x (N, ...) with as many of its values, drawn at random, replaced as an l0 budget allows."""
-    return torch.where(_largest(draws.uniform(x, generator), threat.eps_for(x)), values, x)
+    return torch.where(largest(draws.uniform(x, generator), threat.eps_for(x)), values, x)
 
 
 def _surface(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.active import survivors
 from robustkit.attacks.losses import as_logits, margin, wrong_classes
-from robustkit.attacks.projection import l2_direction, within
+from robustkit.attacks.projection import l2_direction, largest, within
 from robustkit.attacks.threat import Threat
 from robustkit.errors import AttackError
 
@@ -41,13 +41,15 @@ def steepest(x: Tensor, gradient: Tensor, threat: Threat, length: Tensor) -> Ten
     """Return the change of x (N, ...) that raises a linear loss most; `length` (N, 1, ..., 1) in the threat's norm.
 
     linf: the sign; l2: the direction, without pixels that are at their bound already; l1: whole pixels, steepest first,
-    each as far as [0, 1] lets it go.
+    each as far as [0, 1] lets it go; l0: the values that gain most by going to a bound.
     """
     if threat.norm == "linf":
         return gradient.sign() * length
     room = torch.where(gradient > 0, 1 - x, x)
     if threat.norm == "l2":
         return l2_direction(gradient * (room > 0)) * length
+    if threat.norm == "l0":
+        return gradient.sign() * room * largest(gradient.abs() * room, length)
     room = room.flatten(1)
     order = gradient.flatten(1).abs().argsort(1, descending=True)
     sorted_room = room.gather(1, order)
@@ -60,12 +62,16 @@ def step(x: Tensor, images: Tensor, gradient: Tensor, threat: Threat, length: Te
     """Return the images after one ascent step of `length` (n, 1, ..., 1), inside the ball around x and in [0, 1].
 
     For l1 a Frank-Wolfe step of at least 2 / (number + 2) is taken (Jaggi 2013, PMLR 28:427): a sparse step would be
-    thinned out again by the projection, a step towards the best corner stays inside.
+    thinned out again by the projection, a step towards the best corner stays inside. For l0 the values move by `length`
+    in all before the projection (Croce & Hein 2019, arXiv 1909.05040, section 3.2).
     """
     if threat.norm == "l1":
         eps = threat.eps_for(x)
         share = (length / eps.clamp_min(1e-12)).clamp(2 / (number + 2), 1)
         return images + share * (x + steepest(x, gradient, threat, eps) - images)
+    if threat.norm == "l0":
+        total = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny).view(length.shape)
+        return within(x, images + gradient * (length / total), threat)
     return within(x, images + steepest(images, gradient, threat, length), threat)
 
 

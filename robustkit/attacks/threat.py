@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from robustkit.errors import AttackError, UsageError
 
 Norm = Literal["linf", "l2", "l1", "l0"]
+BALLS: tuple[Norm, ...] = ("linf", "l2", "l1")
+"""The norms whose balls an image can cross bit by bit; under l0 a value changes or it does not."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Threat:
         if self.norm == "linf" and high > 1:
             raise UsageError(f"eps is in [0, 1] pixel units: {high:g} was probably meant as {high:g}/255")
         if self.norm == "l0" and (low % 1 or high % 1):
-            raise UsageError(f"eps of l0 is how many values may change, a whole number, not {low if low % 1 else high:g}")
+            raise UsageError(
+                f"eps of l0 is how many values may change, a whole number, not {low if low % 1 else high:g}"
+            )
 
     def eps_for(self, x: Tensor) -> Tensor:
         """Return eps shaped (N, 1, ..., 1) to broadcast over x (N, ...), on x's device and of its dtype."""

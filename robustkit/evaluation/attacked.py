@@ -14,12 +14,11 @@ from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.projection import distances as distances
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
+from robustkit.evaluation.distances import ABSOLUTE_SLACK, RELATIVE_SLACK
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
-RELATIVE_SLACK = 1e-4
-ABSOLUTE_SLACK = 1e-6
 NO_CLASS = -1
 """The prediction from logits that are not finite."""
 Progress = Callable[[int, int], None]
@@ -116,7 +115,8 @@ def attack_outcome(
     """Return the outcome of an attack on the examples that the model gets right without it.
 
     A result counts only if it is finite, within eps (1 + 1e-4) + 1e-6 and in [0, 1], and if the model, asked once more,
-    is wrong on it. Logits that are not finite are no answer: the attack did not fool that example, its clean image and
+    is wrong on it. One of a minimum-norm attack (`minimum_norm`) beyond eps does not count either, but the outcome has
+    its distance. Logits that are not finite are no answer: the attack did not fool that example, its clean image and
     prediction are kept, and the outcome counts it.
     Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
@@ -128,9 +128,11 @@ def attack_outcome(
     started = time.perf_counter()
     threat = threat.to(device)
     todo = torch.from_numpy(np.flatnonzero(clean.correct))
+    unbounded = bool(getattr(attack, "minimum_norm", False))
     seen = _Seen(
         prediction=torch.from_numpy(clean.prediction.copy()),
         distance=torch.zeros(len(y)),
+        minimal=torch.zeros(len(y)),
         projected=torch.zeros((), dtype=torch.int64, device=device),
         not_finite=torch.zeros((), dtype=torch.int64, device=device),
         images=as_images(x[:keep].to("cpu")).clone(),
@@ -145,11 +147,12 @@ def attack_outcome(
             budget = threat.select(index.to(device))
             # A copy: what changes its input in place must still be measured against the clean images.
             found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
-            found, length, outside = audited(found, images, budget, label)
+            ball = budget.with_eps(torch.inf) if unbounded else budget
+            found, length, outside = audited(found, images, ball, label)
             counted.eval()
             with torch.no_grad():
                 answer = predicted(counted(found))
-            seen.add(index, images, found, answer, length, outside)
+            seen.add(index, images, found, answer, length, outside, length <= reach(budget, images))
             if on_progress is not None:
                 on_progress(min(first + batch_size, len(todo)), len(todo))
     return Outcome(
@@ -161,6 +164,7 @@ def attack_outcome(
         seconds=time.perf_counter() - started,
         projected=int(seen.projected),
         not_finite=int(seen.not_finite),
+        minimal_distance=seen.minimal.numpy() if unbounded else None,
         adversarial=seen.images if keep else None,
     )
 
@@ -171,17 +175,32 @@ class _Seen:
 
     prediction: Tensor
     distance: Tensor
+    minimal: Tensor
     projected: Tensor
     not_finite: Tensor
     images: Tensor
 
     def add(
-        self, index: Tensor, images: Tensor, found: Tensor, answer: Tensor, length: Tensor, outside: Tensor
+        self,
+        index: Tensor,
+        images: Tensor,
+        found: Tensor,
+        answer: Tensor,
+        length: Tensor,
+        outside: Tensor,
+        counts: Tensor,
     ) -> None:
-        """Take in the batch of the examples at `index`: clean images, what was found, and the model's answer to it."""
+        """Take in the batch of the examples at `index`: clean images, what was found, and the model's answer to it.
+
+        `counts` (n,): which results are within the budget.
+        """
         self.projected += outside
         answered = answer != NO_CLASS
         self.not_finite += (~answered).sum()
+        # Only what is right without an attack is attacked: its prediction so far is its label.
+        fooled = answered & (answer != self.prediction[index].to(answer.device))
+        self.minimal[index] = torch.where(fooled, length, torch.inf).cpu()
+        answered &= counts
         self.prediction[index] = torch.where(answered.cpu(), answer.cpu(), self.prediction[index])
         self.distance[index] = length.cpu()
         shown = index < len(self.images)
@@ -209,6 +228,10 @@ def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tenso
     boxed = found.clamp(0, 1)
     off_box = (found - boxed).abs().flatten(1).amax(1) > ABSOLUTE_SLACK
     length = distances(boxed - x, threat.norm)
-    eps = threat.eps_for(x).flatten()
-    valid = finite & ~off_box & (length <= eps * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK)
+    valid = finite & ~off_box & (length <= reach(threat, x))
     return torch.where(valid.view(shape), boxed, x), length, (~valid).sum()
+
+
+def reach(threat: Threat, x: Tensor) -> Tensor:
+    """Return how far each result may be from x (N, ...) to count (N,)."""
+    return threat.eps_for(x).flatten() * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class Closest:
     def largest(self) -> float:
         """The norm of the largest change that a box of this size allows."""
         values = self.x[:1].numel()
-        return {"linf": 1.0, "l2": values**0.5, "l1": float(values), "l0": float(values)}[self.norm]
+        return {"linf": 1.0, "l2": math.sqrt(values), "l1": float(values), "l0": float(values)}[self.norm]
 
     def wide(self, values: Tensor) -> Tensor:
         """Return one value an example (N,) shaped to broadcast over the images."""

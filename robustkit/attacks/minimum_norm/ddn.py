@@ -27,8 +27,8 @@ def ddn(
 
     y (N,). Each step turns the change up the gradient of the margin, and sets its length 5 % shorter where it fools the
     model, else 5 % longer (Rony et al. 2019, algorithm 1; the margin in place of the cross-entropy, whose gradient
-    vanishes on sure models). restarts * (steps + 21) forwards and restarts * (steps + 2) backwards an example, the last
-    stretch (`polish`) among them.
+    vanishes on sure models). A restart costs steps + 21 forwards and steps + 1 + min(9, classes - 1) backwards an
+    example, the last stretch (`polish`) among them.
 
     Raises:
         AttackError: the model's output has no gradient.

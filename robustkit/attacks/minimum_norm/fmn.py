@@ -37,8 +37,8 @@ def fmn(
 
     y (N,); norm linf, l2 or l1. Each step goes up the margin, `alpha` long in the Euclidean norm at first, and is
     projected onto a ball that shrinks while the image fools the model and grows while it does not (Pintor et al. 2021,
-    algorithm 1), here onto ball and box at once. restarts * (steps + 21) forwards, restarts * (steps + 2) backwards an
-    example, the last stretch (`polish`) among them.
+    algorithm 1), here onto ball and box at once. A restart costs steps + 21 forwards and steps + 1 + min(9, classes - 1)
+    backwards an example, the last stretch (`polish`) among them.
 
     Raises:
         AttackError: the model's output has no gradient.
@@ -79,6 +79,6 @@ class Fmn:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
         """Return the closest images that fool the model, whatever the threat's eps."""
         norm = checked_norm("fmn", threat, self.norms)
-        return fmn(
-            model, x, y, norm, generator=generator, steps=self.steps, alpha=self.alpha, restarts=self.restarts
-        )[0]
+        return fmn(model, x, y, norm, generator=generator, steps=self.steps, alpha=self.alpha, restarts=self.restarts)[
+            0
+        ]

@@ -38,8 +38,8 @@ def pdpgd(
     proximal operator, which keeps an l1 change sparse; the multiplier of each example rises while the constraint does
     not hold and falls while it does (Matyasko & Chau 2021). Here the constraint is the margin over its gradient's dual
     norm: it has the norm's units, so that the multiplier is near 1 whatever the scale of the logits.
-    restarts * (steps + 21) forwards and restarts * (steps + 2) backwards an example, the last stretch (`polish`) among
-    them.
+    A restart costs steps + 21 forwards and steps + 1 + min(9, classes - 1) backwards an example, the last stretch
+    (`polish`) among them.
 
     Raises:
         AttackError: the model's output has no gradient.

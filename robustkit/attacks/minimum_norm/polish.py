@@ -95,9 +95,9 @@ def steepest_values(found: Closest, targets: int) -> tuple[Tensor, Tensor]:
 
 
 def _boundaries(found: Closest, targets: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what the best images have of the margin to each of the likeliest wrong classes (N,), and its gradient (N, D).
+    """Yield the margin (N,) of the best images to each of the likeliest wrong classes, and its gradient (N, D).
 
-    Zero is where the margin is clear enough to count.
+    Less what it takes to count: zero is where the boundary is crossed clearly.
     """
     start = found.best.detach().requires_grad_()
     with torch.enable_grad():

@@ -27,10 +27,10 @@ def sigma_zero(
 ) -> tuple[Tensor, Tensor]:
     """Return (images, distances): images that differ from x (N, ...) in the fewest values found, and in how many.
 
-    y (N,). A value is one channel of one pixel, as in the paper. Each step descends the margin and a smooth count of the
-    values that change, then puts back the smallest changes; the threshold rises while the model is fooled, else it falls
-    (Cina et al. 2024, algorithm 1). restarts * (steps + 3 + 4 b) forwards and restarts * (steps + 2) backwards an example,
-    b the bits of the number of values, the last stretch (`polish`) among them.
+    y (N,). A value is one channel of one pixel, as in the paper. Each step descends the margin and a smooth count of
+    the values that change, then puts back the smallest changes; the threshold rises while the model is fooled, else it
+    falls (Cina et al. 2024, algorithm 1). A restart costs steps + 3 + 3 b forwards and steps + 1 + min(9, classes - 1)
+    backwards an example, b the bits of the number of values, the last stretch (`polish`) among them.
 
     Raises:
         AttackError: the model's output has no gradient.

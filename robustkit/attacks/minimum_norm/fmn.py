@@ -37,8 +37,8 @@ def fmn(
 
     y (N,); norm linf, l2 or l1. Each step goes up the margin, `alpha` long in the Euclidean norm at first, and is
     projected onto a ball that shrinks while the image fools the model and grows while it does not (Pintor et al. 2021,
-    algorithm 1), here onto ball and box at once. A restart costs steps + 21 forwards and steps + 1 + min(9, classes - 1)
-    backwards an example, the last stretch (`polish`) among them.
+    algorithm 1), here onto ball and box at once. A restart costs steps + 21 forwards and
+    steps + 1 + min(9, classes - 1) backwards an example, the last stretch (`polish`) among them.
 
     Raises:
         AttackError: the model's output has no gradient.

@@ -29,7 +29,7 @@ def pdpgd(
     norm: Norm,
     *,
     generator: torch.Generator,
-    steps: int = 100,
+    steps: int = 300,
     restarts: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return (images, distances): the closest images to x (N, ...), by descent on the norm plus a multiplied margin.
@@ -86,7 +86,7 @@ class Pdpgd:
     seeded_by_example: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
 
-    steps: PositiveInt = 100
+    steps: PositiveInt = 300
     restarts: PositiveInt = 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ FIRST_STEP = 1.0
 
 
 def sigma_zero(
-    model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, steps: int = 100, restarts: int = 1
+    model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, steps: int = 300, restarts: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return (images, distances): images that differ from x (N, ...) in the fewest values found, and in how many.
 
@@ -63,7 +63,7 @@ class SigmaZero:
     seeded_by_example: ClassVar[bool] = True
     norms: ClassVar[tuple[Norm, ...]] = ("l0",)
 
-    steps: PositiveInt = 100
+    steps: PositiveInt = 300
     restarts: PositiveInt = 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:

@@ -62,17 +62,26 @@ def step(x: Tensor, images: Tensor, gradient: Tensor, threat: Threat, length: Te
     """Return the images after one ascent step of `length` (n, 1, ..., 1), inside the ball around x and in [0, 1].
 
     For l1 a Frank-Wolfe step of at least 2 / (number + 2) is taken (Jaggi 2013, PMLR 28:427): a sparse step would be
-    thinned out again by the projection, a step towards the best corner stays inside. For l0 the values move by `length`
-    in all before the projection (Croce & Hein 2019, arXiv 1909.05040, section 3.2).
+    thinned out again by the projection, a step towards the best corner stays inside. For l0 `length` of
+    the changed values are exchanged: a small step would be undone by the projection.
     """
     if threat.norm == "l1":
         eps = threat.eps_for(x)
         share = (length / eps.clamp_min(1e-12)).clamp(2 / (number + 2), 1)
         return images + share * (x + steepest(x, gradient, threat, eps) - images)
     if threat.norm == "l0":
-        total = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny).view(length.shape)
-        return within(x, images + gradient * (length / total), threat)
+        return _exchange(x, images, gradient, threat.eps_for(x), length)
     return within(x, images + steepest(images, gradient, threat, length), threat)
+
+
+def _exchange(x: Tensor, images: Tensor, gradient: Tensor, eps: Tensor, length: Tensor) -> Tensor:
+    """Put back the `length` changed values that gain least to first order; take as many that gain most to a bound."""
+    bound = torch.where(gradient == 0, x, (gradient > 0).to(x.dtype))
+    gain = gradient * (bound - x)
+    changed = images != x
+    kept = changed & largest(torch.where(changed, gain, -1.0), eps - length.ceil().clamp_min(1))
+    free = eps - kept.flatten(1).sum(1).view(eps.shape)
+    return torch.where(kept | largest(torch.where(kept, -1.0, gain), free), bound, x)
 
 
 class Search:

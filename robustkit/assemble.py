@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from robustkit import stats
 from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags, subset_flags
+from robustkit.evaluation.distances import MinimumDistances
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
@@ -36,6 +37,8 @@ class Evaluated:
     """Records by the attack's label."""
     correct: dict[str, Bools] = field(default_factory=dict)
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
+    distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Per-example distances of the minimum-norm attacks, by label."""
     labels: NDArray[np.int64] | None = None
 
     def rates(self) -> dict[str, Rate]:
@@ -107,7 +110,10 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
             continue
         if step.kind == "attack" and step.use is not None:
             found.attacks[step.use.label] = record
-            found.correct[step.use.label] = _arrays(store, step)["correct"]
+            arrays = _arrays(store, step)
+            found.correct[step.use.label] = arrays["correct"]
+            if "minimal_distance" in arrays:
+                found.distances[step.use.label] = arrays["minimal_distance"]
         else:
             found.records[step.kind] = record
         if step.kind == "clean":
@@ -161,6 +167,10 @@ def _row(
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
         curves=_curves(plan, one),
+        distances={
+            label: MinimumDistances(plan.recipe.threat.norm, values).summary()
+            for label, values in one.distances.items()
+        },
         parameters=measure["parameters"],
         nonzero=measure["nonzero"],
         bytes=measure["bytes"],
@@ -232,8 +242,7 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags += finite_flags({label: int(record.get("not_finite", 0)) for label, record in records.items()})
     kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
     flags += compare_flags(one.correct, kinds)
-    bounded = {label: record for label, record in one.attacks.items() if not record.get("minimum_norm")}
-    flags += budget_flags({label: int(record.get("projected", 0)) for label, record in bounded.items()})
+    flags += budget_flags({label: int(record.get("projected", 0)) for label, record in one.attacks.items()})
     for label, record in one.attacks.items():
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in record["notes"]]
     return flags
@@ -242,6 +251,7 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
 def _write_arrays(store: Store, one: Evaluated) -> str:
     name = f"arrays/{one.variant}-seed{one.seed}.npz"
     arrays: dict[str, NDArray[Any]] = {f"correct/{key}": values for key, values in one.correct.items()}
+    arrays |= {f"distance/{label}": values for label, values in one.distances.items()}
     if one.labels is not None:
         arrays["labels"] = one.labels
     write_npz(store.folder / name, arrays)
@@ -264,7 +274,9 @@ def _write_gallery(plan: Plan, store: Store, one: Evaluated) -> str | None:
     rows = np.arange(len(truth))
     chosen = {name: np.stack([arrays[name] for arrays in found])[choice, rows] for name in found[0]}
     delta = (chosen["adversarial"] - chosen["clean"].astype(np.float32) / 255).reshape(len(truth), -1)
-    chosen["norm"] = np.linalg.norm(delta, ord={"linf": np.inf, "l2": 2, "l1": 1}[plan.recipe.threat.norm], axis=1)
+    chosen["norm"] = np.linalg.norm(
+        delta, ord={"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[plan.recipe.threat.norm], axis=1
+    )
     name = f"arrays/{one.variant}-seed{one.seed}-gallery.npz"
     write_npz(store.folder / name, chosen)
     return name

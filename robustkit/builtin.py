@@ -59,6 +59,10 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "square": "robustkit.attacks.square:Square",
         "cascade": "robustkit.attacks.cascade:Cascade",
         "autoattack": "robustkit.attacks.autoattack:AutoAttack",
+        "fmn": "robustkit.attacks.minimum_norm.fmn:Fmn",
+        "ddn": "robustkit.attacks.minimum_norm.ddn:Ddn",
+        "pdpgd": "robustkit.attacks.minimum_norm.pdpgd:Pdpgd",
+        "sigma_zero": "robustkit.attacks.minimum_norm.sigma_zero:SigmaZero",
     },
     "optimizer": {
         "sgd": "robustkit.train.optim:Sgd",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 SCHEMA = 1
 Severity = Literal["wrong", "doubt", "note"]
-NORMS = ("linf", "l2", "l1")
+NORMS = ("linf", "l2", "l1", "l0")
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -125,6 +125,26 @@ class Audit(Record):
         )
 
 
+class Distances(Record):
+    """How far away one minimum-norm attack found adversarial images: the whole security curve from one run."""
+
+    norm: Name
+    median: Amount | None
+    """The eps at which half of the examples are fooled; none where fewer were."""
+    found: Share
+    """Of the examples that are right without an attack."""
+    n: Count
+    eps: list[Amount]
+    accuracy: list[Share]
+    """At each eps: the share of the n examples whose distance is larger."""
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.eps) != len(self.accuracy):
+            raise ValueError(f"distances have {len(self.eps)} eps and {len(self.accuracy)} accuracies")
+        return self
+
+
 class Latency(Record):
     """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
 
@@ -180,6 +200,8 @@ class VariantResult(Record):
     per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)
     """{"clean": {class: accuracy}, "worst": {class: accuracy}}"""
     curves: list[Curve] = Field(default_factory=list)
+    distances: dict[Name, Distances] = Field(default_factory=dict)
+    """Of the minimum-norm attacks, by label."""
     parameters: Count
     nonzero: Count
     bytes: Count
@@ -201,7 +223,7 @@ class VariantResult(Record):
     pareto: bool = False
     arrays: Name | None = None
     """Path, relative to the run folder, of the npz with bool arrays `correct/<attack>`, `correct/clean`,
-    `correct/worst`, one entry a test example."""
+    `correct/worst` and float arrays `distance/<attack>` of minimum-norm attacks, one entry a test example."""
     gallery: Name | None = None
     """Path, relative to the run folder, of the npz with clean (N, C, H, W) uint8, adversarial float32, label,
     prediction_clean, prediction_adversarial, confidence_clean, confidence_adversarial, norm."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ from robustkit.errors import ModelError, UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
 from robustkit.evaluation.checks import preflight
 from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags
+from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.outcome import Outcome
 from robustkit.results import Flag, Rate
 
@@ -39,6 +40,8 @@ class Evaluation:
     threat: Threat
     correct: NDArray[np.bool_]
     """Per example: right under every attack."""
+    distances: dict[str, MinimumDistances] = field(default_factory=dict)
+    """Of the minimum-norm attacks: the smallest distance found of each example, whatever the threat's eps."""
 
     def __repr__(self) -> str:
         rows = [("clean", self.clean), *self.attacks.items(), ("worst", self.worst)]
@@ -49,6 +52,7 @@ class Evaluation:
             f"  {name:{width}}  {rate.value:7.2%}  [{rate.low:.2%}, {rate.high:.2%}]{self._cost(name)}"
             for name, rate in rows
         ]
+        lines += [f"  {name:{width}}  {found!r}" for name, found in self.distances.items()]
         lines += [f"{flag.severity} {flag.id}: {flag.message}" for flag in self.flags]
         return "\n".join(lines)
 
@@ -84,7 +88,7 @@ class _Typed(nn.Module):
         return logits.float() if isinstance(logits, Tensor) else logits
 
 
-def _as_module(model: Model) -> nn.Module:
+def as_module(model: Model) -> nn.Module:
     """Return a model as a module that takes float32 images; its type is that of its first floating parameter.
 
     Raises:
@@ -128,8 +132,8 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     with torch.inference_mode(False):
-        images, labels = _checked(x, y, threat)
-        return _evaluated(_as_module(model), images, labels, threat, make_attacks(attacks), seed, batch_size)
+        images, labels = checked_data(x, y, threat)
+        return _evaluated(as_module(model), images, labels, threat, make_attacks(attacks), seed, batch_size)
 
 
 def _evaluated(
@@ -176,8 +180,7 @@ def _evaluation(
     flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
     flags += finite_flags({"clean": clean.not_finite, **{name: one.not_finite for name, one in outcomes.items()}})
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
-    minimum_norm = {label for label, (_, attack) in made.items() if getattr(attack, "minimum_norm", False)}
-    flags += budget_flags({label: one.projected for label, one in outcomes.items() if label not in minimum_norm})
+    flags += budget_flags({label: one.projected for label, one in outcomes.items()})
     for label, (_, attack) in made.items():
         notes = getattr(attack, "notes", ())
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in notes]
@@ -189,10 +192,20 @@ def _evaluation(
         flags=flags,
         threat=threat,
         correct=worst,
+        distances={
+            label: MinimumDistances(threat.norm, one.minimal_distance)
+            for label, one in outcomes.items()
+            if one.minimal_distance is not None
+        },
     )
 
 
-def _checked(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+def checked_data(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+    """Return images and labels as tensors.
+
+    Raises:
+        UsageError: they do not fit each other, the threat, or [0, 1].
+    """
     # Outside inference mode its tensors take no part in a backward; a clone does.
     images, labels = (one.clone() if one.is_inference() else one for one in map(torch.as_tensor, (x, y)))
     if images.dim() < 2:

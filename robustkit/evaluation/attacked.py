@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.layout import attack_layout
+from robustkit.attacks.projection import distances as distances
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
+from robustkit.evaluation.distances import ABSOLUTE_SLACK, RELATIVE_SLACK
 from robustkit.evaluation.outcome import Outcome
-from robustkit.evaluation.seen import NO_CLASS, Checkpoint, Seen
+from robustkit.evaluation.seen import NO_CLASS, Checkpoint, Judged, Seen
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
-RELATIVE_SLACK = 1e-4
-ABSOLUTE_SLACK = 1e-6
 Progress = Callable[[int, int, int], None]
 """(examples done, examples to do, those of the done that are still right)"""
 
@@ -42,14 +42,6 @@ def as_images(x: Tensor) -> Tensor:
                 "into the model, e.g. robustkit.models.normalized.Normalized(model, mean, std)"
             )
     return x.detach().to(torch.float32).clamp(0, 1)
-
-
-def distances(delta: Tensor, norm: str) -> Tensor:
-    """Return the norm of each example's change (N,)."""
-    flat = delta.flatten(1)
-    order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[norm]
-    norms: Tensor = torch.linalg.vector_norm(flat, ord=order, dim=1)
-    return norms
 
 
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, device: torch.device) -> Outcome:
@@ -124,7 +116,8 @@ def attack_outcome(
     """Return the outcome of an attack on the examples that the model gets right without it.
 
     A result counts only if it is finite, within eps (1 + 1e-4) + 1e-6 and in [0, 1], and if the model, asked once more,
-    is wrong on it. Logits that are not finite are no answer: the attack did not fool that example, its clean image and
+    is wrong on it. One of a minimum-norm attack (`minimum_norm`) beyond eps does not count either, but the outcome has
+    its distance. Logits that are not finite are no answer: the attack did not fool that example, its clean image and
     prediction are kept, and the outcome counts it.
     Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
@@ -138,6 +131,7 @@ def attack_outcome(
     started = time.perf_counter()
     threat = threat.to(device)
     todo = torch.from_numpy(np.flatnonzero(clean.correct))
+    minimal = bool(getattr(attack, "minimum_norm", False))
     seen = Seen.start(clean.prediction, as_images(x[:keep].to("cpu")), checkpoint)
     with undisturbed(model), torch.enable_grad():
         counted = CountedModel(model).eval()
@@ -152,17 +146,19 @@ def attack_outcome(
             try:
                 # A copy: what changes its input in place must still be measured against the clean images.
                 found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
-                found, length, outside = audited(found, images, budget, label)
+                found, length, outside = audited(
+                    found, images, budget.with_eps(torch.inf) if minimal else budget, label
+                )
                 answer = asked(counted, found)
             except RuntimeError as error:
                 size = halved(len(index), error)
                 continue
-            seen.add(index, images, found, answer, length, outside)
+            seen.add(index, Judged(images, found, answer, length, length <= reach(budget, images), outside))
             seen.pay(counted, time.perf_counter() - started)
             seen.save(checkpoint, last=seen.done == len(todo))
             if on_progress is not None:
                 on_progress(seen.done, len(todo), seen.robust(y, todo))
-    return seen.outcome(y, keep)
+    return seen.outcome(y, keep=keep, minimal=minimal)
 
 
 def asked(counted: CountedModel, images: Tensor) -> Tensor:
@@ -209,6 +205,10 @@ def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tenso
     boxed = found.clamp(0, 1)
     off_box = (found - boxed).abs().flatten(1).amax(1) > ABSOLUTE_SLACK
     length = distances(boxed - x, threat.norm)
-    eps = threat.eps_for(x).flatten()
-    valid = finite & ~off_box & (length <= eps * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK)
+    valid = finite & ~off_box & (length <= reach(threat, x))
     return torch.where(valid.view(shape), boxed, x), length, (~valid).sum()
+
+
+def reach(threat: Threat, x: Tensor) -> Tensor:
+    """Return how far each result may be from x (N, ...) to count (N,)."""
+    return threat.eps_for(x).flatten() * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK

@@ -19,6 +19,7 @@ NO_CLASS = -1
 """The prediction from logits that are not finite."""
 SAVE_EVERY = 10.0
 """Seconds between two saves."""
+ARRAYS = ("prediction", "distance", "minimal", "images")
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -34,12 +35,30 @@ class Checkpoint(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One batch after an attack: n examples of it."""
+
+    clean: Tensor
+    found: Tensor
+    answer: Tensor
+    """The model's classes (n,) of `found`."""
+    length: Tensor
+    """Distances (n,) of what was found."""
+    inside: Tensor
+    """Whether that is within the budget (n,)."""
+    outside: Tensor
+    """How many results did not count, and were put back."""
+
+
 @dataclass
 class Seen:
     """One entry a test example, and the first examples' images."""
 
     prediction: Tensor
     distance: Tensor
+    minimal: Tensor
+    """The smallest distance at which the example was fooled, infinity where it was not; 0 where it is wrong anyway."""
     images: Tensor
     done: int = 0
     """So many of the examples to attack are attacked."""
@@ -58,20 +77,21 @@ class Seen:
 
         prediction (N,) without an attack; images (keep, ...): the first clean ones.
         """
-        fresh = cls(torch.from_numpy(prediction.copy()), torch.zeros(len(prediction)), images.clone())
+        nothing = torch.zeros(len(prediction))
+        fresh = cls(torch.from_numpy(prediction.copy()), nothing, nothing.clone(), images.clone())
         saved = checkpoint.load() if checkpoint is not None else None
         return fresh._resumed(saved) if saved is not None else fresh
 
     def _resumed(self, saved: Arrays) -> Seen:
         """Return the saved state where it fits this attack, else this one."""
         try:
-            tensors = [torch.from_numpy(saved[name]) for name in ("prediction", "distance", "images")]
+            tensors = [torch.from_numpy(saved[name]) for name in ARRAYS]
             counts = [int(value) for value in saved["counts"]]
             seconds = float(saved["seconds"])
             done, projected, not_finite, forwards, backwards = counts
         except (KeyError, ValueError, TypeError):
             return self
-        mine = (self.prediction, self.distance, self.images)
+        mine = [getattr(self, name) for name in ARRAYS]
         if not 0 <= done <= len(self.prediction):
             return self
         if any(one.shape != own.shape or one.dtype != own.dtype for one, own in zip(tensors, mine, strict=True)):
@@ -80,7 +100,8 @@ class Seen:
         return Seen(
             prediction=tensors[0],
             distance=tensors[1],
-            images=tensors[2],
+            minimal=tensors[2],
+            images=tensors[3],
             done=done,
             projected=projected,
             not_finite=not_finite,
@@ -90,19 +111,21 @@ class Seen:
             paid=paid,
         )
 
-    def add(
-        self, index: Tensor, images: Tensor, found: Tensor, answer: Tensor, length: Tensor, outside: Tensor
-    ) -> None:
-        """Take in the batch of the examples at `index`: clean images, what was found, and the model's answer to it."""
-        answered = answer != NO_CLASS
-        outside, silent = torch.stack([outside, (~answered).sum()]).tolist()
+    def add(self, index: Tensor, batch: Judged) -> None:
+        """Take in the batch of the examples at `index` (n,), which are right without an attack."""
+        answered = batch.answer != NO_CLASS
+        outside, unanswered = torch.stack([batch.outside, (~answered).sum()]).tolist()
         self.projected += int(outside)
-        self.not_finite += int(silent)
-        self.prediction[index] = torch.where(answered.cpu(), answer.cpu(), self.prediction[index])
-        self.distance[index] = length.cpu()
+        self.not_finite += int(unanswered)
+        # Only what is right without an attack is attacked: its prediction so far is its label.
+        fooled = answered & (batch.answer != self.prediction[index].to(batch.answer.device))
+        self.minimal[index] = torch.where(fooled, batch.length, torch.inf).cpu()
+        counts = answered & batch.inside
+        self.prediction[index] = torch.where(counts.cpu(), batch.answer.cpu(), self.prediction[index])
+        self.distance[index] = batch.length.cpu()
         shown = index < len(self.images)
-        kept = torch.where(answered.view(-1, *[1] * (found.dim() - 1)), found, images)
-        self.images[index[shown]] = kept[shown.to(found.device)].cpu()
+        kept = torch.where(counts.view(-1, *[1] * (batch.found.dim() - 1)), batch.found, batch.clean)
+        self.images[index[shown]] = kept[shown.to(kept.device)].cpu()
         self.done += len(index)
 
     def pay(self, counted: CountedModel, seconds: float) -> None:
@@ -124,17 +147,15 @@ class Seen:
         counts = [self.done, self.projected, self.not_finite, self.forwards, self.backwards]
         checkpoint.save(
             {
-                "prediction": self.prediction.numpy(),
-                "distance": self.distance.numpy(),
-                "images": self.images.numpy(),
+                **{name: getattr(self, name).numpy() for name in ARRAYS},
                 "counts": np.array(counts),
                 "seconds": np.array(self.seconds),
             }
         )
         self.saved_at = time.monotonic()
 
-    def outcome(self, y: Tensor, keep: int) -> Outcome:
-        """Return what there is to say once all batches are in."""
+    def outcome(self, y: Tensor, *, keep: int, minimal: bool) -> Outcome:
+        """Return what there is to say once all batches are in; `minimal`: with the smallest distances."""
         return Outcome(
             correct=(self.prediction == y.cpu()).numpy(),
             prediction=self.prediction.numpy(),
@@ -144,5 +165,6 @@ class Seen:
             seconds=self.seconds,
             projected=self.projected,
             not_finite=self.not_finite,
+            minimal_distance=self.minimal.numpy() if minimal else None,
             adversarial=self.images if keep else None,
         )

@@ -19,6 +19,7 @@ CHECKS = 163.0 + 15.0
 """The sanity checks: 40 steps of pgd from 2 starts, 7 forwards, 4 gradients of two passes."""
 CASCADE = {"quick": 219.0, "standard": 933.0, "thorough": 7519.0}
 """Every stage of the cascade on an example that stays close to being fooled; most leave far earlier."""
+MINIMUM_NORM = frozenset({"fmn", "ddn", "pdpgd", "sigma_zero"})
 CHECKED = 64
 """How many images the sanity checks look at."""
 Parameter = Callable[[str, Use, str], object]
@@ -77,6 +78,9 @@ def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
         return value("restarts") * (value("n_queries") + 1.0) + 1.0
     if use.name == "apgd":
         return value("restarts") * 2.0 * (value("steps") + 1.0) * value("eot") + 1.0
+    if use.name in MINIMUM_NORM:
+        polish = 3.0 * facts.values.bit_length() + 3.0 if use.name == "sigma_zero" else 21.0
+        return value("restarts") * (2.0 * value("steps") + polish + min(9, facts.classes - 1) + 1.0) + 1.0
     if use.name == "autoattack":
         return _autoattack(str(parameter("attack", use, "version")), value("steps"), value("n_queries"), facts.classes)
     steps = next((found for name in STEP_NAMES if (found := value(name))), 1.0)

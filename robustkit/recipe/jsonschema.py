@@ -27,7 +27,7 @@ def recipe_schema() -> dict[str, Any]:
             "augment": {"type": "array", "items": _use("augmentation")},
         }
     )
-    threat = _object({"norm": {"enum": ["linf", "l2", "l1"]}, "eps": NUMBER})
+    threat = _object({"norm": {"enum": ["linf", "l2", "l1", "l0"]}, "eps": NUMBER})
     variant = _object(
         {
             "matrix": {"type": "object"},

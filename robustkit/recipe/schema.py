@@ -136,6 +136,9 @@ def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec
         if threat.norm == "linf" and eps > 1:
             message = f"eps is in [0, 1] pixel units, not {eps:g}"
             reader.problem(("evaluate", "eps_curve", number), message, f"did you mean {eps:g}/255?")
+        if threat.norm == "l0" and eps % 1:
+            message = f"eps of l0 is how many values may change, not {eps:g}"
+            reader.problem(("evaluate", "eps_curve", number), message, "a whole number")
     return EvaluateSpec(attacks=attacks, **plain.model_dump())
 
 

@@ -16,6 +16,8 @@ from robustkit.report.tables import (
     attack_labels,
     count_text,
     display_name,
+    distance_rows,
+    eps_text,
     failed_name,
     gate_text,
     latency_text,
@@ -32,9 +34,11 @@ from robustkit.report.tables import (
 from robustkit.report.verdict import verdict
 from robustkit.results import Results, VariantResult
 
+DISTANCE_HEAD = ("variant", "attack", "norm", "median", "found")
 CAPTIONS = {
     "tradeoff": "Worst case against clean accuracy, with 95 % intervals; arrows lead from a parent to its child.",
-    "curves": "Security curves: accuracy under PGD as eps grows, with 95 % bands; dashed: random noise of that size.",
+    "curves": "Security curves: accuracy under PGD as eps grows, with 95 % bands; dashed: random noise of that size; "
+    "dash-dotted steps: the whole curve of a minimum-norm attack, from its distances.",
     "size": "Worst case against size and speed; ringed: the Pareto front of worst case and gzipped bytes.",
     "attacks": "Accuracy (%) under each attack; outlined: the strongest attack of each row.",
     "classes": "Worst-case accuracy (%) of each class; outlined: the worst class of each row.",
@@ -63,6 +67,7 @@ def context(
         "failures": [(failed_name(one, results), one.message) for one in results.failures],
         "flags": [(row, flag) for row in rows for flag in row.flags],
         "notes": [(row, note) for row in rows for note in row.notes],
+        "distances": distance_rows(results),
         "sparse": [row for row in rows if row.sparsity > 0.001],
         "provenance": list(_flat(results.provenance)),
         "worst_class": worst_class,
@@ -118,6 +123,7 @@ def _environment() -> Environment:
         "count": count_text,
         "paired": paired_text,
         "gate": gate_text,
+        "eps": eps_text,
     }
     environment.globals |= {"latency": latency_text, "display": display_name, "within_noise": within_noise}
     return environment
@@ -153,6 +159,9 @@ def to_markdown(values: Mapping[str, Any]) -> str:
         ]
         head = ["variant", "seeds", "clean", "sd", "worst", "sd"]
         parts += ["## Over seeds", "", plain_rows(head, cells), ""]
+    if values["distances"]:
+        cells = [list(row) for row in values["distances"]]
+        parts += ["## Minimal distances", "", plain_rows(DISTANCE_HEAD, cells), ""]
     parts += ["## Figures", "", *[f"![{CAPTIONS[name]}](figures/{name}.svg)\n" for name in values["figures"]]]
     if values["flags"]:
         cells = [[display_name(row, results), flag.severity, flag.id, flag.message] for row, flag in values["flags"]]

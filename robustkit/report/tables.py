@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from robustkit import stats
 from robustkit.results import GateResult, Latency, Paired, Rate, Results, StepFailure, VariantResult
@@ -132,6 +133,27 @@ def spreads(results: Results) -> list[Spread]:
     return found
 
 
+def distance_rows(results: Results) -> list[tuple[str, str, str, str, str]]:
+    """Return variant, attack, norm, median distance and share found of each minimum-norm attack."""
+    return [
+        (
+            display_name(row, results),
+            label,
+            found.norm,
+            "not reached" if found.median is None else f"{found.median:.4g}",
+            f"{percent(found.found)} %",
+        )
+        for row in tree_order(results)
+        for label, found in row.distances.items()
+    ]
+
+
+def eps_text(threat: Mapping[str, Any]) -> str:
+    """Return a threat as `linf, eps 0.1 of [0, 1]`."""
+    unit = "changed values" if threat["norm"] == "l0" else "of [0, 1]"
+    return f"{threat['norm']}, eps {threat['eps']:.4g} {unit}"
+
+
 def gate_text(gate: GateResult) -> str:
     """Return the two sides of a gate as measured."""
     if gate.left < 0 and gate.right < 0:
@@ -146,16 +168,20 @@ def to_csv(results: Results) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     head = ["name", "seed", "parent", "method", "clean", "clean_low", "clean_high", "worst", "worst_low", "worst_high"]
     head += [f"attack:{label}" for label in labels]
+    measured = list(dict.fromkeys(label for row in results.variants for label in row.distances))
+    head += [f"median_distance:{label}" for label in measured]
     head += ["n", "parameters", "nonzero", "sparsity", "bytes", "gzip_bytes", "macs", "latency_batch_1_ms"]
     head += ["latency_batch_256_ms", "forwards", "backwards", "seconds", "train_seconds", "flags"]
     writer.writerow(head)
     for row in results.variants:
         attacks = [row.attacks[label].value if label in row.attacks else "" for label in labels]
+        found = [row.distances[label].median if label in row.distances else None for label in measured]
         writer.writerow(
             [
                 *map(_cell, [row.name, row.seed, row.parent or "", row.method]),
                 *[row.clean.value, row.clean.low, row.clean.high, row.worst.value, row.worst.low, row.worst.high],
                 *attacks,
+                *["" if median is None else median for median in found],
                 *[row.clean.n, row.parameters, row.nonzero, row.sparsity, row.bytes, row.gzip_bytes, row.macs],
                 *[row.latency_ms.get("batch_1", ""), row.latency_ms.get("batch_256", "")],
                 *[row.forwards, row.backwards, row.seconds, row.train_seconds],

@@ -9,6 +9,7 @@ from rich.text import Text
 from robustkit.report.tables import (
     attack_labels,
     display_name,
+    distance_rows,
     failed_name,
     gate_text,
     paired_text,
@@ -75,6 +76,8 @@ def print_summary(results: Results, console: Console) -> None:
     console.print()
     for sentence in verdict(results):
         _line(console, sentence)
+    for name, label, norm, median, found in distance_rows(results):
+        _line(console, f"{name}: median {norm} distance {median} under {label}, found for {found}")
     for gate in results.gates:
         style = "green" if gate.holds else "bold red"
         _line(console, f"gate {gate.verdict}: {gate.text}  ({gate_text(gate)})", style)

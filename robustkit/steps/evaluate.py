@@ -113,6 +113,8 @@ def _finish_outcome(
         "distance": outcome.distance,
         "labels": bench.test().labels.cpu().numpy(),
     }
+    if outcome.minimal_distance is not None:
+        arrays["minimal_distance"] = outcome.minimal_distance
     bench.store.write_arrays(step.key, OUTCOME, arrays)
     record = {
         "forwards": outcome.forwards,

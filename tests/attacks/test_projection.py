@@ -11,7 +11,7 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from robustkit.attacks import draws
-from robustkit.attacks.projection import project_, random_extreme, random_start, within
+from robustkit.attacks.projection import l2_direction, project_, random_extreme, random_start, within
 from robustkit.attacks.threat import Threat
 from robustkit.errors import UsageError
 from robustkit.evaluation.attacked import distances
@@ -83,6 +83,14 @@ def _closest(x: np.ndarray, far: np.ndarray, norm: str, eps: float) -> np.ndarra
         options={"maxiter": 500, "ftol": 1e-12},
     )
     return np.asarray(x + change(solved.x))
+
+
+def test_an_l2_step_is_as_long_however_small_the_gradient_is() -> None:
+    gradient = torch.randn(3, 1, 4, 4, generator=generator())
+    expected = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    for scale in (1e6, 1.0, 1e-12, 1e-25, 1e-36):
+        torch.testing.assert_close(l2_direction(gradient * scale), expected)
+    assert not bool(l2_direction(torch.zeros(2, 1, 4, 4)).any())
 
 
 @norms

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["data", "model", "defense", "compressor", "attack", "optimizer", "schedule", "augmentation"]
+Kind = Literal[
+    "data", "model", "defense", "compressor", "attack", "certificate", "optimizer", "schedule", "augmentation"
+]
 KINDS: tuple[Kind, ...] = (
     "data",
     "model",
     "defense",
     "compressor",
     "attack",
+    "certificate",
     "optimizer",
     "schedule",
     "augmentation",
@@ -60,6 +63,10 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "cascade": "robustkit.attacks.cascade:Cascade",
         "autoattack": "robustkit.attacks.autoattack:AutoAttack",
     },
+    "certificate": {
+        "interval": "robustkit.certificates.interval:Interval",
+        "randomized_smoothing": "robustkit.certificates.smoothing:RandomizedSmoothing",
+    },
     "optimizer": {
         "sgd": "robustkit.train.optim:Sgd",
         "adam": "robustkit.train.optim:Adam",
@@ -84,4 +91,5 @@ ENTRY_POINTS: dict[Kind, str] = {
     "defense": "robustkit.defenses",
     "compressor": "robustkit.compressors",
     "attack": "robustkit.attacks",
+    "certificate": "robustkit.certificates",
 }

@@ -14,6 +14,7 @@ from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.rounding import rounded
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
@@ -118,6 +119,7 @@ def attack_outcome(
     batch_size: int,
     device: torch.device,
     keep: int = 0,
+    quantize_input: bool = False,
     on_progress: Progress | None = None,
 ) -> Outcome:
     """Return the outcome of an attack on the examples that the model gets right without it.
@@ -127,10 +129,12 @@ def attack_outcome(
     prediction are kept, and the outcome counts it.
     Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
-    `keep`: how many of the first examples' images the outcome holds.
+    `keep`: how many of the first examples' images the outcome holds. `quantize_input`: what the attack found is rounded
+    to 8 bits, within the ball, before the model is asked.
 
     Raises:
         AttackError: the attack returned something that is no batch of images.
+        UsageError: `quantize_input` with clean images that are not of 8 bits.
     """
     started = time.perf_counter()
     threat = threat.to(device)
@@ -152,7 +156,7 @@ def attack_outcome(
             budget = threat.select(index.to(device))
             # A copy: what changes its input in place must still be measured against the clean images.
             found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
-            found, length, outside = audited(found, images, budget, label)
+            found, length, outside = audited(found, images, budget, label, quantize=quantize_input)
             counted.eval()
             with torch.no_grad():
                 answer = predicted(counted(found))
@@ -204,8 +208,13 @@ def generator_for(attack: Attack, seed: int, label: str, first: int, device: tor
     return torch.Generator(device=place).manual_seed(derive_seed(*parts))
 
 
-def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (images, distances (N,), number of results put back): what is no valid result becomes the clean image."""
+def audited(
+    found: Tensor, x: Tensor, threat: Threat, label: str, *, quantize: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (images, distances (N,), number of results put back): what is no valid result becomes the clean image.
+
+    `quantize`: valid results are rounded to 8 bits, and measured so.
+    """
     if not isinstance(found, Tensor) or found.shape != x.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise AttackError(f"attack {label} returned {got} for images {tuple(x.shape)}")
@@ -217,5 +226,9 @@ def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tenso
     off_box = (found - boxed).abs().flatten(1).amax(1) > ABSOLUTE_SLACK
     length = distances(boxed - x, threat.norm)
     eps = threat.eps_for(x).flatten()
-    valid = finite & ~off_box & (length <= eps * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK)
+    budget = eps * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK
+    valid = finite & ~off_box & (length <= budget)
+    if quantize:
+        boxed = rounded(boxed, x, threat.norm, budget)
+        length = torch.where(valid, distances(boxed - x, threat.norm), length)
     return torch.where(valid.view(shape), boxed, x), length, (~valid).sum()

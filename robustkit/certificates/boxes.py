@@ -100,7 +100,8 @@ LOWEST: Mapping[str, float] = {
 }
 """Where each of these activations has its one minimum."""
 MONOTONE_LAYERS: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.SELU,
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softsign,
+    nn.SELU,
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Flatten, nn.Unflatten,
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
@@ -126,10 +127,11 @@ def through_layer(layer: nn.Module, box: Box) -> Box:
         weight, bias = layer.weight.to(box.lower.dtype), _to(layer.bias, box)
         functional = nn.functional.linear
         return box.affine(lambda x: functional(x, weight, bias), lambda x: functional(x, weight.abs()))
-    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(layer, kind) and _is(layer, kind):
-            return _convolution(layer, box)
-    if isinstance(layer, _NormBase) and any(_is(layer, one) for one in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+    if isinstance(layer, _ConvNd) and any(_is(layer, one) for one in (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return _convolution(layer, box)
+    if isinstance(layer, _NormBase) and any(
+        _is(layer, one) for one in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    ):
         return _batch_norm(layer, box)
     for kind, name in DIPS.items():
         if _is(layer, kind):

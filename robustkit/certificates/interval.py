@@ -40,12 +40,12 @@ def margins(found: Box | Features, y: Tensor) -> Tensor:
     With the last linear layer's input, each difference of two logits is bounded as one linear map (section 3), which
     is tighter than the difference of the logits' bounds.
     """
-    own = y[:, None]
-    if isinstance(found, Box):
-        lower = found.lower.gather(1, own) - found.upper
-    else:
-        lower = _merged(found.box, found.head, y)
-    return lower.scatter(1, own, torch.inf)
+    lower = _merged(found.box, found.head, y) if isinstance(found, Features) else _apart(found, y)
+    return lower.scatter(1, y[:, None], torch.inf)
+
+
+def _apart(logits: Box, y: Tensor) -> Tensor:
+    return logits.lower.gather(1, y[:, None]) - logits.upper
 
 
 def _merged(box: Box, head: nn.Linear, y: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def interval_margins(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> 
 
 @dataclass(frozen=True)
 class Interval:
-    """Interval bounds through every layer: exact proofs for linf, loose but valid ones for l2 and l1 (Gowal et al. 2018)."""
+    """Interval bounds through every layer (IBP, Gowal et al. 2018): for linf; valid but loose for l2 and l1."""
 
     smoothed: ClassVar[bool] = False
 

@@ -13,11 +13,11 @@ from robustkit.certificates.boxes import LOWEST, Box, NoBounds, minus, over, plu
 from robustkit.errors import ModelError
 
 RISING = frozenset({
-    "relu", "relu_", "relu6", "tanh", "sigmoid", "logsigmoid", "hardtanh", "hardsigmoid", "softplus", "selu", "threshold",
+    "relu", "relu_", "relu6", "tanh", "sigmoid", "logsigmoid", "hardtanh", "hardsigmoid", "softplus", "selu",
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "mean", "sum", "amax", "amin", "clamp", "clamp_min", "clamp_max", "flatten", "view", "reshape", "permute", "transpose",
-    "squeeze", "unsqueeze", "expand", "contiguous", "clone", "getitem", "pad",
+    "mean", "sum", "amax", "amin", "clamp", "clamp_min", "clamp_max", "flatten", "view", "reshape", "permute",
+    "transpose", "squeeze", "unsqueeze", "expand", "contiguous", "clone", "getitem", "pad",
 })  # fmt: skip
 """Functions and methods that never fall in any entry of their first argument, whatever their constants are."""
 SHAPES = frozenset({"size", "dim", "numel", "ndimension"})
@@ -160,9 +160,9 @@ def _joined(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _head(graph: fx.GraphModule) -> tuple[fx.Node | None, frozenset[fx.Node]]:
-    """Return the last linear layer if nothing but its output is returned, and the nodes behind it that change nothing."""
+    """Return the last linear layer if its output is all that is returned, and nodes behind it that change nothing."""
     output = next(node for node in graph.graph.nodes if node.op == "output")
-    node, behind = output.args[0], []
+    node, behind = output.args[0], list[fx.Node]()
     while isinstance(node, fx.Node) and len(node.users) == 1:
         layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
@@ -199,7 +199,11 @@ def _flat(value: object) -> Iterable[object]:
 
 
 def _unknown(n: fx.Node, what: str) -> str:
-    place = f"layer {n.target.removeprefix('inner.')} is" if n.op == "call_module" and isinstance(n.target, str) else "there is"
+    place = (
+        f"layer {n.target.removeprefix('inner.')} is"
+        if n.op == "call_module" and isinstance(n.target, str)
+        else "there is"
+    )
     return (
         f"interval: {place} {what}, whose bounds are not known; use other layers, or randomized_smoothing, which only "
         "calls the model"

@@ -69,8 +69,8 @@ def smoothed_certificate(
 ) -> tuple[Tensor, Tensor]:
     """Return the smoothed classifier's class (N,), ABSTAINED where it is not known, and its L2 radius (N,).
 
-    CERTIFY of Cohen et al. 2019, section 3.2.2: the class comes from `first` draws, its share from `samples` others. Each
-    example's answer is wrong with probability alpha at most.
+    CERTIFY of Cohen et al. 2019, section 3.2.2: the class comes from `first` draws, its share from `samples` others.
+    Each example's answer is wrong with probability alpha at most.
     """
     with torch.no_grad():
         stream = Stream(x, generator)

@@ -46,7 +46,7 @@ def impulse_noise(images: Tensor, severity: int, generator: torch.Generator) -> 
 
 def gaussian_blur(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Blur by a normal kernel; `generator` is not used."""
-    return _smooth(images, (0.4, 0.6, 0.8, 1.0, 1.3)[severity - 1] * _scale(images))
+    return _smooth(images, (0.4, 0.6, 0.8, 1.0, 1.3)[severity - 1] * _scale(images)).clamp(0, 1)
 
 
 def defocus_blur(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
@@ -116,8 +116,8 @@ def pixelate(images: Tensor, severity: int, generator: torch.Generator) -> Tenso
     """Fewer pixels, each an average, enlarged again; `generator` is not used."""
     share = (0.95, 0.85, 0.75, 0.65, 0.5)[severity - 1]
     height, width = (max(1, min(side - severity, int(side * share))) for side in images.shape[2:])
-    small = functional.interpolate(images, size=(height, width), mode="area")
-    return functional.interpolate(small, size=images.shape[2:], mode="nearest").clamp(0, 1)
+    coarse = _resampled(images, height, width)
+    return _resampled(coarse, images.shape[2], images.shape[3]).clamp(0, 1)
 
 
 def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
@@ -198,6 +198,20 @@ def _smooth(images: Tensor, sigma: float) -> Tensor:
     reach = min(math.ceil(3 * sigma), min(images.shape[2:]) - 1)
     found: Tensor = blurred(images, [2 * reach + 1] * 2, [sigma, sigma])
     return found
+
+
+def _resampled(images: Tensor, height: int, width: int) -> Tensor:
+    """Return images of another size, each pixel the average over the area that it covers."""
+    rows, columns = (_overlap(old, new, images) for old, new in zip(images.shape[2:], (height, width), strict=True))
+    return rows @ images @ columns.T
+
+
+def _overlap(old: int, new: int, like: Tensor) -> Tensor:
+    """Return the share (new, old) that each old pixel of a line has in each new one."""
+    ends = torch.arange(1, new + 1, device=like.device, dtype=like.dtype)[:, None] * (old / new)
+    stops = torch.arange(1, old + 1, device=like.device, dtype=like.dtype)
+    common = torch.minimum(ends, stops) - torch.maximum(ends - old / new, stops - 1)
+    return common.clamp_min(0) * (new / old)
 
 
 def _dragged(images: Tensor, angle: Tensor, length: float) -> Tensor:

@@ -203,6 +203,11 @@ def _evaluation(
 
 
 def checked_examples(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+    """Return images (N, ...), uint8 or float32 in [0, 1], and labels (N,) as int64.
+
+    Raises:
+        UsageError: what is given is not that, or does not fit the threat.
+    """
     # Outside inference mode its tensors take no part in a backward; a clone does.
     images, labels = (one.clone() if one.is_inference() else one for one in map(torch.as_tensor, (x, y)))
     if images.dim() < 2:

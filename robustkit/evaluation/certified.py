@@ -53,6 +53,12 @@ class CertifiedOutcome:
         return stats.clopper_pearson(int((self.prediction == self.labels).sum()), int(self.labels.size))
 
     @property
+    def median_radius(self) -> float:
+        """Median of how far around each example its label is certain, in the certificate's own norm."""
+        right = np.where(self.prediction == self.labels, self.radius, 0.0)
+        return float(np.median(right)) if right.size else 0.0
+
+    @property
     def abstained(self) -> int:
         """Examples for which no class was found."""
         return int((self.prediction == ABSTAINED).sum())
@@ -194,9 +200,7 @@ def certify(
     return Certification(clean.rate, {label: one.rate for label, one in outcomes.items()}, outcomes, threat)
 
 
-def _attacked(
-    against: Evaluation, threat: Threat, clean: NDArray[np.bool_]
-) -> dict[str, NDArray[np.bool_]]:
+def _attacked(against: Evaluation, threat: Threat, clean: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
     same = against.threat.norm == threat.norm and _equal(against.threat.eps, threat.eps)
     if not same or against.correct.shape != clean.shape:
         raise UsageError("`against` is an evaluation of other examples, or under another threat")

@@ -16,8 +16,8 @@ OFF_GRID = 1e-2
 def rounded(found: Tensor, x: Tensor, norm: Norm, budget: Tensor) -> Tensor:
     """Return `found` (N, ...) in [0, 1] rounded to multiples of 1/255, no further than `budget` (N,) from x (N, ...).
 
-    Each value goes to its nearest level where the ball has room for that, else to the next one towards the clean image,
-    which is nearer to it than before. Under l2 and l1 the room goes to the values that are nearest to their level first.
+    Each value goes to its nearest level where the ball has room for that, else to the next one towards the clean
+    image, so that it comes nearer to that. Under l2 and l1 the room is for those that are nearest to their level first.
 
     Raises:
         UsageError: x is not of 8 bits itself, so that the levels around it need not lie in the ball.
@@ -45,7 +45,7 @@ def _within_budget(change: Tensor, nearest: Tensor, least: Tensor, room: Tensor,
     change, nearest, least = (one.flatten(1).double() for one in (change, nearest, least))
     price = nearest.abs().pow(power) - least.abs().pow(power)
     left = room.flatten(1).double().pow(power) - least.abs().pow(power).sum(1, keepdim=True)
-    order = (change - nearest).abs().argsort(1, stable=True)
+    order = (change - nearest).abs().argsort(dim=1, stable=True)
     spent = price.gather(1, order).cumsum(1)
     allowed = torch.zeros_like(price, dtype=torch.bool).scatter(1, order, spent <= left)
     return torch.where(allowed, nearest, least).view(shape).to(torch.float32)

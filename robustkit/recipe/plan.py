@@ -10,9 +10,7 @@ from typing import Literal
 
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
-Kind = Literal[
-    "fit", "measure", "clean", "attack", "curve", "checks", "latency", "certify", "soundness", "corruptions"
-]
+Kind = Literal["fit", "measure", "clean", "attack", "curve", "checks", "latency", "certify", "soundness", "corruptions"]
 FORMAT = 1
 """Raised when the meaning of a step changes, so that older results are not taken for new ones."""
 
@@ -167,7 +165,9 @@ def _certify_steps(
         certificate = _identity("certificate", use, source_hash)
         key = content_key(kind="certify", **common, threat=_threat(recipe.threat), certificate=certificate)
         found.append(
-            Step("certify", key, clean.variant, clean.seed, (*clean.parents, clean.key), use, f"certificate {use.label}")
+            Step(
+                "certify", key, clean.variant, clean.seed, (*clean.parents, clean.key), use, f"certificate {use.label}"
+            )
         )
     if found:
         read = (clean.key, *(step.key for step in (*steps, *found) if step.kind in ("attack", "certify")))

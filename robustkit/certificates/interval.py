@@ -70,10 +70,10 @@ def interval_margins(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> 
         raise ModelError(f"interval: the model has weights of {wrong}, whose rounding the bounds do not cover")
     with torch.no_grad():
         found = propagate(trace(model), ball(x, threat))
-    shape = found.lower.shape if isinstance(found, Box) else found.box.lower.shape
-    if len(shape) != 2 or shape[0] != len(x):
-        raise ModelError(f"interval: the model's output has bounds {tuple(shape)}; (N, classes) is needed")
-    return margins(found, y)
+        shape = found.lower.shape if isinstance(found, Box) else found.box.lower.shape
+        if len(shape) != 2 or shape[0] != len(x):
+            raise ModelError(f"interval: the model's output has bounds {tuple(shape)}; (N, classes) is needed")
+        return margins(found, y)
 
 
 @dataclass(frozen=True)

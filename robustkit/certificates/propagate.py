@@ -21,7 +21,7 @@ RISING = frozenset({
 })  # fmt: skip
 """Functions and methods that never fall in any entry of their first argument, whatever their constants are."""
 SHAPES = frozenset({"size", "dim", "numel", "ndimension"})
-SAME = frozenset({"float", "double", "contiguous", "detach", "clone"})
+SAME = frozenset({"float", "double", "detach"})
 """Methods after which the values are what they were."""
 IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_"})
 
@@ -33,7 +33,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
         ModelError: torch.fx cannot follow its code.
     """
     try:
-        return fx.symbolic_trace(model)
+        # A bare layer of torch is traced as one layer, not through its functions.
+        bare = fx.Tracer().is_leaf_module(model, "")
+        return fx.symbolic_trace(nn.Sequential(model) if bare else model)
     except Exception as error:  # a model's own code runs, which may raise anything
         raise ModelError(
             f"interval bounds follow a model by torch.fx, which cannot trace {type(model).__name__}: {error}; "
@@ -167,7 +169,8 @@ def _head(graph: fx.GraphModule) -> tuple[fx.Node | None, frozenset[fx.Node]]:
         layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
             return node, frozenset(behind)
-        if not (isinstance(layer, nn.Identity | nn.Dropout) or (node.op == "call_method" and node.target in SAME)):
+        unchanged = node.op == "call_method" and node.target in (*SAME, "contiguous")
+        if not (unchanged or isinstance(layer, nn.Identity | nn.Dropout)):
             break
         behind.append(node)
         node = node.args[0]

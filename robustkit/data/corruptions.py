@@ -7,13 +7,15 @@ are drawn where the generator is, so that a CPU generator gives the same images 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from torchvision.transforms.v2.functional import gaussian_blur as blurred
 
 from robustkit.errors import UsageError
@@ -121,7 +123,7 @@ def pixelate(images: Tensor, severity: int, generator: torch.Generator) -> Tenso
 
 
 def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
-    """JPEG compression at a low quality, encoded and decoded on the CPU; `generator` is not used.
+    """JPEG compression at a low quality, by Pillow on the CPU; `generator` is not used.
 
     The batch is encoded as strips of images, each padded to whole blocks, which gives each image the blocks that it
     would have by itself. Images of other than one or three channels are encoded channel by channel.
@@ -129,19 +131,24 @@ def jpeg(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     quality = (75, 55, 40, 28, 18)[severity - 1]
     whole = images if images.shape[1] in (1, 3) else images.flatten(0, 1)[:, None]
     count, channels, height, width = whole.shape
-    tall, wide = (BLOCK * math.ceil((side + 2) / BLOCK) for side in (height, width))
+    tall, wide = (BLOCK * math.ceil(side / BLOCK) for side in (height, width))
     values = (whole * 255).round().to("cpu", torch.float32)
     padded = functional.pad(values, (0, wide - width, 0, tall - height), mode="replicate").to(torch.uint8)
-    decoded = []
-    for strip in padded.split(max(1, LONGEST // tall)):
-        laid = strip.permute(1, 0, 2, 3).reshape(channels, -1, wide)
-        decoded.append(decode_jpeg(encode_jpeg(laid, quality), ImageReadMode.UNCHANGED))
-    joined = torch.cat(decoded, dim=1).reshape(channels, count, tall, wide).permute(1, 0, 2, 3)
-    return (joined[:, :, :height, :width].to(images) / 255).view(images.shape)
+    laid = padded.permute(0, 2, 3, 1).reshape(count * tall, wide, channels)
+    decoded = torch.cat([_through_jpeg(strip, quality) for strip in laid.split(tall * max(1, LONGEST // tall))])
+    restored = decoded.view(count, tall, wide, channels)[:, :height, :width].permute(0, 3, 1, 2)
+    return (restored.to(images) / 255).reshape(images.shape)
 
 
-BLOCK = 16
-"""Pixels a side of a JPEG block with halved colours."""
+def _through_jpeg(image: Tensor, quality: int) -> Tensor:
+    """Return one uint8 image (H, W, channels), of one or three channels, as JPEG keeps it."""
+    file = io.BytesIO()
+    Image.fromarray(image.squeeze(2).numpy()).save(file, "JPEG", quality=quality, subsampling=0)
+    return torch.from_numpy(np.array(Image.open(file))).view(image.shape)
+
+
+BLOCK = 8
+"""Pixels a side of a JPEG block. Colours keep their resolution, so that no block depends on its neighbours."""
 LONGEST = 65_000
 """Rows of an image that JPEG still encodes."""
 

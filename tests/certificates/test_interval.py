@@ -82,9 +82,8 @@ def test_a_tiny_net_against_every_point_of_a_grid() -> None:
     bound = interval_margins(net, x, y, Threat("linf", eps))
     steps = torch.linspace(-eps, eps, 401)
     grid = torch.cartesian_prod(steps, steps)
-    lowest = torch.stack([
-        real_margins(net, (one + grid).clamp(0, 1), label.expand(len(grid))).amin(0) for one, label in zip(x, y, strict=True)
-    ])  # fmt: skip
+    points = [((one + grid).clamp(0, 1), label.expand(len(grid))) for one, label in zip(x, y, strict=True)]
+    lowest = torch.stack([real_margins(net, images, labels).amin(0) for images, labels in points])
     assert (lowest.double() >= bound - 1e-6).all()
     single = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)).eval()
     bound = interval_margins(single, torch.tensor([[0.5]]), torch.tensor([0]), Threat("linf", eps))

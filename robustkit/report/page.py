@@ -157,6 +157,8 @@ def to_markdown(values: Mapping[str, Any]) -> str:
     """Return the same content in Markdown."""
     results: Results = values["results"]
     parts = [f"# {values['name']}", "", *values["verdict"], ""]
+    if results.threat.get("quantize_input"):
+        parts += ["Adversarial images were rounded to 8 bits before they were judged.", ""]
     if results.gates:
         cells = [[gate.text, gate.verdict, gate_text(gate)] for gate in results.gates]
         parts += ["## Gates", "", plain_rows(["gate", "verdict", "measured"], cells), ""]

@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from robustkit import stats
 from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags, subset_flags
 from robustkit.evaluation.distances import MinimumDistances
-from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided
+from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
+from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
-from robustkit.results import Curve, Flag, Paired, Rate, Results, VariantResult
+from robustkit.results import CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
 from robustkit.store import Store, write_npz
 
 Bools = NDArray[np.bool_]
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"
+CERTIFIED = "certified.npz"
 Identity = tuple[str, int]
 
 
@@ -35,6 +37,10 @@ class Evaluated:
     """Records by kind of step (fit, measure, clean, curve, checks)."""
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Records by the attack's label."""
+    certified: dict[str, CertifiedRate] = field(default_factory=dict)
+    """By the certificate's label."""
+    proven: dict[str, Bools] = field(default_factory=dict)
+    """Which examples are certified, by the certificate's label."""
     correct: dict[str, Bools] = field(default_factory=dict)
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
     distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -69,7 +75,7 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
     rows = [_row(plan, store, one, evaluated, latency, classes, failed) for one in evaluated.values()]
     results = Results(
         name=recipe.name,
-        threat={"norm": recipe.threat.norm, "eps": recipe.threat.eps},
+        threat=_threat(recipe),
         classes=classes,
         variants=rows,
         failures=failures_of(plan, failed),
@@ -78,6 +84,12 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
     results = mark_pareto(results)
     gates = [parse_gate(gate.text, gate.confident) for gate in recipe.gates]
     return with_gates(results, gates, _lookup(evaluated))
+
+
+def _threat(recipe: Recipe) -> dict[str, Any]:
+    """Return what the attacks had; results with another one are not compared."""
+    found: dict[str, Any] = {"norm": recipe.threat.norm, "eps": recipe.threat.eps}
+    return found | ({"quantize_input": True} if recipe.evaluate.quantize_input else {})
 
 
 def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Results:
@@ -97,7 +109,7 @@ def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Res
 def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
     def correct(variant: str, seed: int, metric: str) -> Bools | None:
         found = evaluated.get((variant, seed))
-        return found.correct.get(metric) if found else None
+        return (found.correct | found.proven).get(metric) if found else None
 
     return correct
 
@@ -114,6 +126,10 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
             found.correct[step.use.label] = arrays["correct"]
             if "minimal_distance" in arrays:
                 found.distances[step.use.label] = arrays["minimal_distance"]
+        elif step.kind == "certify" and step.use is not None:
+            proven = store.read_arrays(step.key, CERTIFIED)["certified"]
+            found.proven[step.use.label] = proven
+            found.certified[step.use.label] = _certified(record, proven)
         else:
             found.records[step.kind] = record
         if step.kind == "clean":
@@ -125,6 +141,11 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
     order = {"clean": found.correct["clean"], **found.correct}
     found.correct = {**order, "worst": stats.worst_case(order.values())}
     return found
+
+
+def _certified(record: Mapping[str, Any], proven: Bools) -> CertifiedRate:
+    values = {name: record[name] for name in ("smoothed", "clean", "abstained", "radius", "forwards", "seconds")}
+    return CertifiedRate.model_validate({**rate_of(proven).model_dump(), **values})
 
 
 def _arrays(store: Store, step: Step) -> dict[str, NDArray[Any]]:
@@ -164,6 +185,8 @@ def _row(
         clean=rates["clean"],
         attacks={label: rates[label] for label in one.attacks},
         worst=rates["worst"],
+        certified=one.certified,
+        corruptions=_corruptions(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
         curves=_curves(plan, one),
@@ -182,7 +205,11 @@ def _row(
         latency=measured,
         epochs=fit.get("epochs", []),
         best_epoch=fit.get("best_epoch"),
-        flags=[*attack_flags(plan, one.variant, one.seed, one.attacks, failed), *_flags(plan, one)],
+        flags=[
+            *attack_flags(plan, one.variant, one.seed, one.attacks, failed),
+            *unsound_flags(plan, one.variant, one.seed, failed),
+            *_flags(plan, one),
+        ],
         notes=[*fit.get("notes", []), *measure.get("notes", [])],
         forwards=_total(one, "forwards"),
         backwards=_total(one, "backwards"),
@@ -235,6 +262,11 @@ def _curves(plan: Plan, one: Evaluated) -> list[Curve]:
     return curves
 
 
+def _corruptions(one: Evaluated) -> Corruptions | None:
+    record = one.records.get("corruptions")
+    return Corruptions(mean=record["mean"], by=record["by"]) if record else None
+
+
 def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags = [Flag.model_validate(flag) for flag in one.records["fit"].get("flags", [])]
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
@@ -252,6 +284,7 @@ def _write_arrays(store: Store, one: Evaluated) -> str:
     name = f"arrays/{one.variant}-seed{one.seed}.npz"
     arrays: dict[str, NDArray[Any]] = {f"correct/{key}": values for key, values in one.correct.items()}
     arrays |= {f"distance/{label}": values for label, values in one.distances.items()}
+    arrays |= {f"certified/{key}": values for key, values in one.proven.items()}
     if one.labels is not None:
         arrays["labels"] = one.labels
     write_npz(store.folder / name, arrays)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["data", "model", "defense", "compressor", "attack", "optimizer", "schedule", "augmentation"]
+Kind = Literal[
+    "data", "model", "defense", "compressor", "attack", "certificate", "optimizer", "schedule", "augmentation"
+]
 KINDS: tuple[Kind, ...] = (
     "data",
     "model",
     "defense",
     "compressor",
     "attack",
+    "certificate",
     "optimizer",
     "schedule",
     "augmentation",
@@ -64,6 +67,10 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "pdpgd": "robustkit.attacks.minimum_norm.pdpgd:Pdpgd",
         "sigma_zero": "robustkit.attacks.minimum_norm.sigma_zero:SigmaZero",
     },
+    "certificate": {
+        "interval": "robustkit.certificates.interval:Interval",
+        "randomized_smoothing": "robustkit.certificates.smoothing:RandomizedSmoothing",
+    },
     "optimizer": {
         "sgd": "robustkit.train.optim:Sgd",
         "adam": "robustkit.train.optim:Adam",
@@ -88,4 +95,5 @@ ENTRY_POINTS: dict[Kind, str] = {
     "defense": "robustkit.defenses",
     "compressor": "robustkit.compressors",
     "attack": "robustkit.attacks",
+    "certificate": "robustkit.certificates",
 }

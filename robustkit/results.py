@@ -145,6 +145,27 @@ class Distances(Record):
         return self
 
 
+class CertifiedRate(Rate):
+    """Certified accuracy: a lower bound of robust accuracy within the threat, with its interval over examples."""
+
+    smoothed: bool = False
+    """Whether it is about the smoothed classifier, and not about the model that the attacks are on."""
+    clean: Rate | None = None
+    """Accuracy without an adversary of the classifier that is certified; abstaining is wrong."""
+    abstained: Count = 0
+    radius: Amount = 0.0
+    """Median over all examples of how far around each the label is certain, in the certificate's own norm."""
+    forwards: Count = 0
+    seconds: Amount = 0.0
+
+
+class Corruptions(Record):
+    """Accuracy under common corruptions: the mean of all, and severities 1 to 5 by corruption."""
+
+    mean: Rate
+    by: dict[Name, list[Share]] = Field(default_factory=dict)
+
+
 class Latency(Record):
     """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
 
@@ -195,6 +216,9 @@ class VariantResult(Record):
     clean: Rate
     attacks: dict[Name, Rate] = Field(default_factory=dict)
     worst: Rate
+    certified: dict[Name, CertifiedRate] = Field(default_factory=dict)
+    """By the certificate's label: a lower bound beside `worst`, which is an upper one."""
+    corruptions: Corruptions | None = None
     versus_parent: Paired | None = None
     """Worst-case accuracy against the parent's, paired."""
     per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)

@@ -106,14 +106,25 @@ def _print(recipe: Recipe, rows: list[dict[str, Any]], console: Console, data: D
     if data.note is not None:
         console.print(f"data: {data.note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"attacks: {attacks}", highlight=False, markup=False, soft_wrap=True)
+    for line in _beside(recipe):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     train = sum(row["training_passes"] for row in rows) * len(recipe.seeds)
     attack = sum(row["attack_passes"] for row in rows) * len(recipe.seeds)
     console.print(
         f"cost: training {train:,.0f} passes over each training image, "
-        f"attacks at most {attack:,.0f} over each test image",
+        f"evaluation at most {attack:,.0f} over each test image",
         highlight=False,
         markup=False,
     )
+
+
+def _beside(recipe: Recipe) -> list[str]:
+    """Return what is measured beside the attacks, and how their results are judged."""
+    evaluate = recipe.evaluate
+    certificates = ", ".join(describe_use(use) for use in evaluate.certify)
+    lines = [f"certificates: {certificates}"] if certificates else []
+    lines += ["corruptions: all, at 5 severities"] if evaluate.corruptions else []
+    return lines + (["adversarial images: rounded to 8 bits"] if evaluate.quantize_input else [])
 
 
 def _describe(row: dict[str, Any], unknown: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -42,12 +42,15 @@ class Evaluation:
     """Per example: right under every attack."""
     distances: dict[str, MinimumDistances] = field(default_factory=dict)
     """Of the minimum-norm attacks: the smallest distance found of each example, whatever the threat's eps."""
+    quantized: bool = False
+    """Whether adversarial images were rounded to 8 bits before they were judged."""
 
     def __repr__(self) -> str:
         rows = [("clean", self.clean), *self.attacks.items(), ("worst", self.worst)]
         width = max(len(name) for name, _ in rows)
         eps = "one eps an example" if isinstance(self.threat.eps, Tensor) else f"eps {self.threat.eps:.4g}"
-        lines = [f"accuracy of {self.clean.n} examples, {self.threat.norm} {eps}, 95 % intervals"]
+        bits = ", adversarial images rounded to 8 bits" if self.quantized else ""
+        lines = [f"accuracy of {self.clean.n} examples, {self.threat.norm} {eps}{bits}, 95 % intervals"]
         lines += [
             f"  {name:{width}}  {rate.value:7.2%}  [{rate.low:.2%}, {rate.high:.2%}]{self._cost(name)}"
             for name, rate in rows
@@ -114,6 +117,7 @@ def evaluate(
     attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | Attack | None] = ("fgsm", "cascade"),
     seed: int = 0,
     batch_size: int = 256,
+    quantize_input: bool = False,
 ) -> Evaluation:
     """Attack a model and return its clean and attacked accuracy with intervals, costs and flags.
 
@@ -122,18 +126,21 @@ def evaluate(
     uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), objects with the
     Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when
     an attack raises. A model in float16, bfloat16 or float64 gets the images in its own type. Under
-    `torch.inference_mode()` the attacks have their gradients all the same.
+    `torch.inference_mode()` the attacks have their gradients all the same. `quantize_input`: adversarial images are
+    rounded to multiples of 1/255 before they are judged, within the ball; x has to be of 8 bits then.
 
     Raises:
-        UsageError: images outside [0, 1], labels that do not fit, an unknown attack or parameter.
+        UsageError: images outside [0, 1] or not of 8 bits where they have to be, labels that do not fit, an unknown
+            attack or parameter.
         ModelError: the model returns no logits, or was made under `torch.inference_mode()`.
         AttackError: an attack cannot run on this model or threat.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     with torch.inference_mode(False):
-        images, labels = checked_data(x, y, threat)
-        return _evaluated(as_module(model), images, labels, threat, make_attacks(attacks), seed, batch_size)
+        images, labels = checked_examples(x, y, threat)
+        made = make_attacks(attacks)
+        return _evaluated(as_module(model), images, labels, threat, made, seed, batch_size, quantize_input)
 
 
 def _evaluated(
@@ -144,6 +151,7 @@ def _evaluated(
     made: Mapping[str, tuple[str, Attack]],
     seed: int,
     batch_size: int,
+    quantize_input: bool,
 ) -> Evaluation:
     device = next((one.device for one in module.parameters()), images.device)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
@@ -160,8 +168,10 @@ def _evaluated(
             label=label,
             batch_size=batch_size,
             device=device,
+            quantize_input=quantize_input,
         )
-    return _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
+    found = _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
+    return replace(found, quantized=quantize_input)
 
 
 def _evaluation(
@@ -200,11 +210,11 @@ def _evaluation(
     )
 
 
-def checked_data(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
-    """Return images and labels as tensors.
+def checked_examples(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+    """Return images (N, ...), uint8 or float32 in [0, 1], and labels (N,) as int64.
 
     Raises:
-        UsageError: they do not fit each other, the threat, or [0, 1].
+        UsageError: what is given is not that, or does not fit the threat.
     """
     # Outside inference mode its tensors take no part in a backward; a clone does.
     images, labels = (one.clone() if one.is_inference() else one for one in map(torch.as_tensor, (x, y)))

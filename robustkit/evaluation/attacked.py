@@ -16,11 +16,14 @@ from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
 from robustkit.evaluation.distances import ABSOLUTE_SLACK, RELATIVE_SLACK
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.rounding import rounded
 from robustkit.evaluation.seen import NO_CLASS, Checkpoint, Judged, Seen
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
-Progress = Callable[[int, int, int], None]
+Progress = Callable[[int, int], None]
+"""(examples done, examples to do)"""
+AttackProgress = Callable[[int, int, int], None]
 """(examples done, examples to do, those of the done that are still right)"""
 
 
@@ -110,7 +113,8 @@ def attack_outcome(
     batch_size: int,
     device: torch.device,
     keep: int = 0,
-    on_progress: Progress | None = None,
+    quantize_input: bool = False,
+    on_progress: AttackProgress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Outcome:
     """Return the outcome of an attack on the examples that the model gets right without it.
@@ -123,10 +127,12 @@ def attack_outcome(
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
     Where the memory does not take a batch, it is halved, down to one example.
     `keep`: how many of the first examples' images the outcome holds. `checkpoint`: where whole batches are kept, so
-    that a run that was stopped goes on after them with the same result.
+    that a run that was stopped goes on after them with the same result. `quantize_input`: what the attack found is
+    rounded to 8 bits, within the ball, before the model is asked.
 
     Raises:
         AttackError: the attack returned something that is no batch of images.
+        UsageError: `quantize_input` with clean images that are not of 8 bits.
     """
     started = time.perf_counter()
     threat = threat.to(device)
@@ -146,9 +152,8 @@ def attack_outcome(
             try:
                 # A copy: what changes its input in place must still be measured against the clean images.
                 found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
-                found, length, outside = audited(
-                    found, images, budget.with_eps(torch.inf) if minimal else budget, label
-                )
+                ball = budget.with_eps(torch.inf) if minimal else budget
+                found, length, outside = audited(found, images, ball, label, quantize=quantize_input)
                 answer = asked(counted, found)
             except RuntimeError as error:
                 size = halved(len(index), error)
@@ -193,8 +198,13 @@ def generator_for(attack: Attack, seed: int, label: str, first: int, device: tor
     return torch.Generator(device=place).manual_seed(derive_seed(*parts))
 
 
-def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (images, distances (N,), number of results put back): what is no valid result becomes the clean image."""
+def audited(
+    found: Tensor, x: Tensor, threat: Threat, label: str, *, quantize: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (images, distances (N,), number of results put back): what is no valid result becomes the clean image.
+
+    `quantize`: valid results are rounded to 8 bits, and measured so.
+    """
     if not isinstance(found, Tensor) or found.shape != x.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise AttackError(f"attack {label} returned {got} for images {tuple(x.shape)}")
@@ -206,6 +216,9 @@ def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tenso
     off_box = (found - boxed).abs().flatten(1).amax(1) > ABSOLUTE_SLACK
     length = distances(boxed - x, threat.norm)
     valid = finite & ~off_box & (length <= reach(threat, x))
+    if quantize:
+        boxed = rounded(boxed, x, threat.norm, reach(threat, x))
+        length = torch.where(valid, distances(boxed - x, threat.norm), length)
     return torch.where(valid.view(shape), boxed, x), length, (~valid).sum()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,14 +10,13 @@ from torch import Tensor, nn
 from robustkit import stats
 from robustkit.attacks.autoattack import AutoAttack
 from robustkit.attacks.threat import Attack, Threat
-from robustkit.evaluation.attacked import attack_outcome
+from robustkit.evaluation.attacked import AttackProgress, attack_outcome
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.seen import Checkpoint
 from robustkit.results import Audit
 from robustkit.seeding import derive_seed
 
 STANDARD = AutoAttack()
-Progress = Callable[[int, int, int], None]
 
 
 def audit(
@@ -34,7 +31,7 @@ def audit(
     batch_size: int,
     device: torch.device,
     attack: Attack = STANDARD,
-    on_progress: Progress | None = None,
+    on_progress: AttackProgress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Audit:
     """Run AutoAttack-standard on `count` random survivors, or on all where there are fewer.

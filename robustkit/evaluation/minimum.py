@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustkit.attacks.threat import Norm, Threat
 from robustkit.errors import UsageError
-from robustkit.evaluation.api import AttackSpec, Model, as_module, checked_data, make_attacks
+from robustkit.evaluation.api import AttackSpec, Model, as_module, checked_examples, make_attacks
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
 from robustkit.evaluation.distances import MinimumDistances
 
@@ -45,7 +45,7 @@ def minimum_distances(
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     with torch.inference_mode(False):
         threat = Threat(norm, 0.0)
-        images, labels = checked_data(x, y, threat)
+        images, labels = checked_examples(x, y, threat)
         module = as_module(model)
         device = next((one.device for one in module.parameters()), images.device)
         clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)

@@ -20,6 +20,8 @@ CHECKS = 163.0 + 15.0
 CASCADE = {"quick": 219.0, "standard": 933.0, "thorough": 7519.0}
 """Every stage of the cascade on an example that stays close to being fooled; most leave far earlier."""
 MINIMUM_NORM = frozenset({"fmn", "ddn", "pdpgd", "sigma_zero"})
+CORRUPTED = 13.0 * 5.0
+"""A forward for each corruption at each severity."""
 CHECKED = 64
 """How many images the sanity checks look at."""
 Parameter = Callable[[str, Use, str], object]
@@ -48,13 +50,23 @@ def _inner_passes(use: Use, parameter: Parameter) -> float:
 def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
     """Return an upper bound of the passes over each test image for one variant: no example is fooled early.
 
-    The clean accuracy, every attack, the security curve and the sanity checks. An attack of a user's own is taken to
-    cost a forward and a backward a step.
+    The clean accuracy, every attack, the security curve, the sanity checks, certificates and corruptions. An attack of
+    a user's own is taken to cost a forward and a backward a step, a certificate of a user's own a forward.
     """
     facts = facts_of(recipe)
     attacks = sum(one_attack_passes(use, parameter, facts) for use in recipe.evaluate.attacks)
     budgets = set(recipe.evaluate.eps_curve) - {0.0}
-    return 1.0 + attacks + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+    beside = sum(certificate_passes(use, parameter) for use in recipe.evaluate.certify)
+    beside += CORRUPTED if recipe.evaluate.corruptions else 0.0
+    return 1.0 + attacks + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+
+
+def certificate_passes(use: Use, parameter: Parameter) -> float:
+    """Return the passes of one certificate over an image."""
+    if use.name == "interval":
+        return 3.0
+    draws = [_number(parameter("certificate", use, name)) for name in ("n0", "n")]
+    return sum(draws) or 1.0
 
 
 def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:

@@ -47,6 +47,9 @@ def recipe_schema() -> dict[str, Any]:
             "eps_curve": {"type": "array", "items": NUMBER},
             "latency": {"type": "boolean"},
             "gallery": {"type": "integer", "minimum": 0, "maximum": 64},
+            "certify": {"anyOf": [_use("certificate"), {"type": "array", "items": _use("certificate")}]},
+            "corruptions": {"type": "boolean"},
+            "quantize_input": {"type": "boolean"},
         }
     )
     gate = {"anyOf": [{"type": "string"}, _object({"gate": {"type": "string"}, "confident": {"type": "boolean"}})]}

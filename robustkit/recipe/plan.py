@@ -10,7 +10,7 @@ from typing import Literal
 
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
-Kind = Literal["fit", "measure", "clean", "attack", "curve", "checks", "latency"]
+Kind = Literal["fit", "measure", "clean", "attack", "curve", "checks", "latency", "certify", "soundness", "corruptions"]
 FORMAT = 1
 """Raised when the meaning of a step changes, so that older results are not taken for new ones."""
 
@@ -29,7 +29,7 @@ class Step:
     parents: tuple[str, ...] = ()
     """Keys of the steps that this one reads."""
     use: Use | None = None
-    """The attack of an attack step."""
+    """The attack of an attack step, the certificate of a certify step."""
     description: str = ""
 
 
@@ -135,14 +135,47 @@ def _evaluation_steps(recipe: Recipe, variant: VariantSpec, seed: int, fit: str,
             threat=threat,
             gallery=evaluate.gallery,
             attack=_identity("attack", use, source_hash),
+            **_rounding(recipe),
         )
         steps.append(Step("attack", key, label, seed, (fit, clean), use, use.label))
     if evaluate.eps_curve:
-        key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve)
+        key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve, **_rounding(recipe))
         steps.append(Step("curve", key, label, seed, (fit, clean), description="security curve"))
     key = content_key(kind="checks", **common, threat=threat)
     steps.append(Step("checks", key, label, seed, (fit, clean), description="sanity checks"))
+    steps += _certify_steps(recipe, steps, common, source_hash)
+    if evaluate.corruptions:
+        key = content_key(kind="corruptions", model=fit, examples=evaluate.examples)
+        steps.append(Step("corruptions", key, label, seed, (fit,), description="common corruptions"))
     return steps
+
+
+def _rounding(recipe: Recipe) -> dict[str, object]:
+    """Return what rounding adds to a key: nothing where there is none, so that older results stay valid."""
+    return {"quantize_input": True} if recipe.evaluate.quantize_input else {}
+
+
+def _certify_steps(
+    recipe: Recipe, steps: list[Step], common: Mapping[str, object], source_hash: SourceHash
+) -> list[Step]:
+    """Return a step for each certificate, and one that holds them against the attacks among `steps`."""
+    clean = next(step for step in steps if step.kind == "clean")
+    found = []
+    for use in recipe.evaluate.certify:
+        certificate = _identity("certificate", use, source_hash)
+        key = content_key(kind="certify", **common, threat=_threat(recipe.threat), certificate=certificate)
+        found.append(
+            Step(
+                "certify", key, clean.variant, clean.seed, (*clean.parents, clean.key), use, f"certificate {use.label}"
+            )
+        )
+    if found:
+        read = (clean.key, *(step.key for step in (*steps, *found) if step.kind in ("attack", "certify")))
+        key = content_key(kind="soundness", steps=sorted(read))
+        found.append(
+            Step("soundness", key, clean.variant, clean.seed, read, description="certificates against attacks")
+        )
+    return found
 
 
 def _latency_step(recipe: Recipe, fit_keys: Mapping[tuple[str, int], str]) -> Step:

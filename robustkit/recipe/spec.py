@@ -79,6 +79,10 @@ class EvaluateSpec(Spec):
     eps_curve: tuple[float, ...] = ()
     latency: bool = True
     gallery: int = 8
+    certify: tuple[Use, ...] = ()
+    corruptions: bool = False
+    quantize_input: bool = False
+    """Adversarial images are rounded to 8 bits before they are judged."""
 
 
 class GateSpec(Spec):

@@ -8,6 +8,10 @@ from rich.text import Text
 
 from robustkit.report.tables import (
     attack_labels,
+    beside,
+    beside_head,
+    certificate_labels,
+    corruption_names,
     display_name,
     distance_rows,
     failed_name,
@@ -33,6 +37,8 @@ def summary(results: Results, width: int = 160) -> Table:
     table.add_column("variant", no_wrap=not narrow)
     for name in ("clean", *(() if narrow else labels), "worst"):
         table.add_column(name, justify="right", no_wrap=True)
+    for name in () if narrow else beside_head(certificate_labels(results), bool(corruption_names(results))):
+        table.add_column(name, justify="right")
     table.add_column("vs parent", no_wrap=not narrow)
     if not narrow:
         for name in ("nonzero", "gzip", "latency"):
@@ -50,6 +56,8 @@ def _cells(row: VariantResult, results: Results, labels: list[str], narrow: bool
     if not narrow:
         cells += [Text(percent(row.attacks[label].value) if label in row.attacks else "") for label in labels]
     cells.append(Text(rate_text(row.worst), style="bold"))
+    if not narrow:
+        cells += map(Text, beside(row, certificate_labels(results), bool(corruption_names(results))))
     cells.append(Text(paired_text(row.versus_parent)))
     if not narrow:
         latency = row.latency_ms.get("batch_1")

@@ -70,6 +70,7 @@ def attack_step(bench: Workbench, step: Step) -> None:
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
         keep=bench.recipe.evaluate.gallery,
+        quantize_input=bench.recipe.evaluate.quantize_input,
         on_progress=bench.attacked,
         checkpoint=Partial(bench.store, step.key),
     )
@@ -159,6 +160,7 @@ def curve_step(bench: Workbench, step: Step) -> None:
             seed=derive_seed(step.seed, step.key, name),
             batch_size=recipe.evaluate.batch_size,
             device=bench.device,
+            quantize_input=recipe.evaluate.quantize_input,
         )
         for name, attack in attacks.items()
     }

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags, subset_flags
+from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags, subset_flags
 from robustkit.evaluation.distances import MinimumDistances
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
-from robustkit.results import CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
+from robustkit.results import Audit, CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
 from robustkit.store import Store, write_npz
 
 Bools = NDArray[np.bool_]
@@ -187,6 +187,7 @@ def _row(
         worst=rates["worst"],
         certified=one.certified,
         corruptions=_corruptions(one),
+        audit=_audit(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
         curves=_curves(plan, one),
@@ -210,7 +211,7 @@ def _row(
             *unsound_flags(plan, one.variant, one.seed, failed),
             *_flags(plan, one),
         ],
-        notes=[*fit.get("notes", []), *measure.get("notes", [])],
+        notes=[*fit.get("notes", []), *measure.get("notes", []), *_audited(one)],
         forwards=_total(one, "forwards"),
         backwards=_total(one, "backwards"),
         seconds=round(sum(float(record.get("seconds", 0)) for record in _outcomes(one)), 3),
@@ -262,6 +263,16 @@ def _curves(plan: Plan, one: Evaluated) -> list[Curve]:
     return curves
 
 
+def _audited(one: Evaluated) -> list[str]:
+    audit = _audit(one)
+    return [str(audit)] if audit is not None else []
+
+
+def _audit(one: Evaluated) -> Audit | None:
+    record = one.records.get("audit")
+    return Audit.model_validate({name: record[name] for name in Audit.model_fields}) if record else None
+
+
 def _corruptions(one: Evaluated) -> Corruptions | None:
     record = one.records.get("corruptions")
     return Corruptions(mean=record["mean"], by=record["by"]) if record else None
@@ -274,6 +285,7 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags += finite_flags({label: int(record.get("not_finite", 0)) for label, record in records.items()})
     kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
     flags += compare_flags(one.correct, kinds)
+    flags += audit_flags(_audit(one))
     flags += budget_flags({label: int(record.get("projected", 0)) for label, record in one.attacks.items()})
     for label, record in one.attacks.items():
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in record["notes"]]

@@ -219,6 +219,8 @@ class VariantResult(Record):
     certified: dict[Name, CertifiedRate] = Field(default_factory=dict)
     """By the certificate's label: a lower bound beside `worst`, which is an upper one."""
     corruptions: Corruptions | None = None
+    audit: Audit | None = None
+    """With `evaluate.audit`: AutoAttack-standard on a random subset of what every attack left."""
     versus_parent: Paired | None = None
     """Worst-case accuracy against the parent's, paired."""
     per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)

@@ -124,6 +124,7 @@ def _beside(recipe: Recipe) -> list[str]:
     certificates = ", ".join(describe_use(use) for use in evaluate.certify)
     lines = [f"certificates: {certificates}"] if certificates else []
     lines += ["corruptions: all, at 5 severities"] if evaluate.corruptions else []
+    lines += [f"audit: AutoAttack on {evaluate.audit} survivors of each variant"] if evaluate.audit else []
     return lines + (["adversarial images: rounded to 8 bits"] if evaluate.quantize_input else [])
 
 

@@ -16,11 +16,12 @@ from robustkit.attacks.threat import Attack, Threat
 from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.errors import ModelError, UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
+from robustkit.evaluation.audit import audit as audit_survivors
 from robustkit.evaluation.checks import preflight
-from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags
+from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags
 from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.outcome import Outcome
-from robustkit.results import Flag, Rate
+from robustkit.results import Audit, Flag, Rate
 
 AttackSpec = str | Mapping[str, Mapping[str, Any] | Attack | None] | Attack
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -42,6 +43,8 @@ class Evaluation:
     """Per example: right under every attack."""
     distances: dict[str, MinimumDistances] = field(default_factory=dict)
     """Of the minimum-norm attacks: the smallest distance found of each example, whatever the threat's eps."""
+    audit: Audit | None = None
+    """AutoAttack on a random subset of what every attack left, where it was asked for."""
     quantized: bool = False
     """Whether adversarial images were rounded to 8 bits before they were judged."""
 
@@ -56,6 +59,7 @@ class Evaluation:
             for name, rate in rows
         ]
         lines += [f"  {name:{width}}  {found!r}" for name, found in self.distances.items()]
+        lines += [f"  {self.audit}"] if self.audit is not None else []
         lines += [f"{flag.severity} {flag.id}: {flag.message}" for flag in self.flags]
         return "\n".join(lines)
 
@@ -118,6 +122,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     quantize_input: bool = False,
+    audit: int = 0,
 ) -> Evaluation:
     """Attack a model and return its clean and attacked accuracy with intervals, costs and flags.
 
@@ -127,7 +132,8 @@ def evaluate(
     Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when
     an attack raises. A model in float16, bfloat16 or float64 gets the images in its own type. Under
     `torch.inference_mode()` the attacks have their gradients all the same. `quantize_input`: adversarial images are
-    rounded to multiples of 1/255 before they are judged, within the ball; x has to be of 8 bits then.
+    rounded to multiples of 1/255 before they are judged, within the ball; x has to be of 8 bits then. `audit`: so many
+    random survivors meet AutoAttack-standard, which takes a hundred times as long each.
 
     Raises:
         UsageError: images outside [0, 1] or not of 8 bits where they have to be, labels that do not fit, an unknown
@@ -140,7 +146,27 @@ def evaluate(
     with torch.inference_mode(False):
         images, labels = checked_examples(x, y, threat)
         made = make_attacks(attacks)
-        return _evaluated(as_module(model), images, labels, threat, made, seed, batch_size, quantize_input)
+        module = as_module(model)
+        found = _evaluated(module, images, labels, threat, made, seed, batch_size, quantize_input)
+        if not audit:
+            return found
+        audited = audit_survivors(
+            module,
+            images,
+            labels,
+            threat,
+            survivors=found.correct,
+            count=audit,
+            seed=seed,
+            batch_size=batch_size,
+            device=_device(module, images),
+            quantize_input=quantize_input,
+        )
+        return replace(found, audit=audited, flags=[*found.flags, *audit_flags(audited)])
+
+
+def _device(module: nn.Module, images: Tensor) -> torch.device:
+    return next((one.device for one in module.parameters()), images.device)
 
 
 def _evaluated(
@@ -153,7 +179,7 @@ def _evaluated(
     batch_size: int,
     quantize_input: bool,
 ) -> Evaluation:
-    device = next((one.device for one in module.parameters()), images.device)
+    device = _device(module, images)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
     outcomes: dict[str, Outcome] = {}
     for label, (_, attack) in made.items():

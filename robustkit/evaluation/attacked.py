@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustkit.attacks.after import After
 from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.layout import attack_layout
 from robustkit.attacks.projection import distances as distances
@@ -114,6 +115,7 @@ def attack_outcome(
     device: torch.device,
     keep: int = 0,
     quantize_input: bool = False,
+    probes: Tensor | None = None,
     on_progress: AttackProgress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Outcome:
@@ -128,7 +130,8 @@ def attack_outcome(
     Where the memory does not take a batch, it is halved, down to one example.
     `keep`: how many of the first examples' images the outcome holds. `checkpoint`: where whole batches are kept, so
     that a run that was stopped goes on after them with the same result. `quantize_input`: what the attack found is
-    rounded to 8 bits, within the ball, before the model is asked.
+    rounded to 8 bits, within the ball, before the model is asked. `probes`: images like x that are tried first, such as
+    those that fooled a relative; the attack is run on what they leave.
 
     Raises:
         AttackError: the attack returned something that is no batch of images.
@@ -149,9 +152,10 @@ def attack_outcome(
             labels = y[index.to(y.device)].to(device)
             generator = generator_for(attack, seed, label, int(index[0]), device)
             budget = threat.select(index.to(device))
+            now = attack if probes is None else After(as_images(probes[index].to(device)), attack)
             try:
                 # A copy: what changes its input in place must still be measured against the clean images.
-                found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
+                found = now(counted, images.clone(), labels.clone(), budget, generator=generator)
                 ball = budget.with_eps(torch.inf) if minimal else budget
                 found, length, outside = audited(found, images, ball, label, quantize=quantize_input)
                 answer = asked(counted, found)

@@ -31,6 +31,7 @@ def audit(
     batch_size: int,
     device: torch.device,
     attack: Attack = STANDARD,
+    quantize_input: bool = False,
     on_progress: AttackProgress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Audit:
@@ -59,6 +60,7 @@ def audit(
         label="audit",
         batch_size=batch_size,
         device=device,
+        quantize_input=quantize_input,
         on_progress=on_progress,
         checkpoint=checkpoint,
     )

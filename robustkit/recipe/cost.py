@@ -58,6 +58,8 @@ def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
     budgets = set(recipe.evaluate.eps_curve) - {0.0}
     beside = sum(certificate_passes(use, parameter) for use in recipe.evaluate.certify)
     beside += CORRUPTED if recipe.evaluate.corruptions else 0.0
+    share = min(recipe.evaluate.audit, facts.test) / facts.test
+    beside += share * _autoattack("standard", 100.0, 5000.0, facts.classes)
     return 1.0 + attacks + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
 
 

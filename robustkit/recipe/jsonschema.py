@@ -49,6 +49,7 @@ def recipe_schema() -> dict[str, Any]:
             "gallery": {"type": "integer", "minimum": 0, "maximum": 64},
             "certify": {"anyOf": [_use("certificate"), {"type": "array", "items": _use("certificate")}]},
             "corruptions": {"type": "boolean"},
+            "audit": {"type": "integer", "minimum": 0},
             "quantize_input": {"type": "boolean"},
         }
     )

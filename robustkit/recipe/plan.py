@@ -10,10 +10,16 @@ from typing import Literal
 
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
-Kind = Literal["fit", "measure", "clean", "attack", "curve", "checks", "latency", "certify", "soundness", "corruptions"]
-FORMAT = 1
+Kind = Literal[
+    "fit", "measure", "clean", "attack", "audit", "curve", "checks", "latency", "certify", "soundness", "corruptions"
+]
+FORMAT = 2
 """Raised when the meaning of a step changes, so that older results are not taken for new ones."""
 
+PROBED = frozenset({"cascade"})
+"""Attacks that try first what fooled the parent."""
+AttackKeys = dict[tuple[str | None, int, str], str]
+"""(variant, seed, label of the attack) -> key of the step."""
 SourceHash = Callable[[str, Use], str]
 """(kind of plugin, use) -> hash of its source: the version for built-ins, the file's content for users' code."""
 
@@ -31,6 +37,8 @@ class Step:
     use: Use | None = None
     """The attack of an attack step, the certificate of a certify step."""
     description: str = ""
+    wants: tuple[str, ...] = ()
+    """Keys of steps whose results it uses where they are there."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,13 @@ def make_plan(recipe: Recipe, data_fingerprint: str, source_hash: SourceHash) ->
     """Return the steps of a recipe; equal recipes on equal data with equal plugin sources give equal keys."""
     steps: list[Step] = []
     fit_keys: dict[tuple[str, int], str] = {}
+    attack_keys: AttackKeys = {}
     for seed in recipe.seeds:
         for variant in recipe.variants:
             fit = _fit_step(recipe, variant, seed, data_fingerprint, fit_keys, source_hash)
             fit_keys[variant.label, seed] = fit.key
             steps.append(fit)
-            steps.extend(_evaluation_steps(recipe, variant, seed, fit.key, source_hash))
+            steps.extend(_evaluation_steps(recipe, variant, seed, fit, attack_keys, source_hash))
     if recipe.evaluate.latency and recipe.variants:
         steps.append(_latency_step(recipe, fit_keys))
     return Plan(recipe, data_fingerprint, tuple(steps), fit_keys)
@@ -119,8 +128,10 @@ def _train(train: TrainSpec, source_hash: SourceHash) -> dict[str, object]:
     return values
 
 
-def _evaluation_steps(recipe: Recipe, variant: VariantSpec, seed: int, fit: str, source_hash: SourceHash) -> list[Step]:
-    evaluate, label = recipe.evaluate, variant.label
+def _evaluation_steps(
+    recipe: Recipe, variant: VariantSpec, seed: int, made: Step, attack_keys: AttackKeys, source_hash: SourceHash
+) -> list[Step]:
+    evaluate, label, fit = recipe.evaluate, variant.label, made.key
     common: dict[str, object] = {"model": fit, "examples": evaluate.examples, "seed": seed}
     threat = _threat(recipe.threat)
     clean = content_key(kind="clean", **common)
@@ -128,16 +139,12 @@ def _evaluation_steps(recipe: Recipe, variant: VariantSpec, seed: int, fit: str,
         Step("measure", content_key(kind="measure", model=fit), label, seed, (fit,), description="costs"),
         Step("clean", clean, label, seed, (fit,), description="clean accuracy"),
     ]
-    for use in evaluate.attacks:
-        key = content_key(
-            kind="attack",
-            **common,
-            threat=threat,
-            gallery=evaluate.gallery,
-            attack=_identity("attack", use, source_hash),
-            **_rounding(recipe),
-        )
-        steps.append(Step("attack", key, label, seed, (fit, clean), use, use.label))
+    attacks = _attack_steps(recipe, variant, seed, (fit, clean), common, attack_keys, source_hash)
+    steps += attacks
+    if evaluate.audit:
+        read = (clean, *(step.key for step in attacks))
+        key = content_key(kind="audit", **common, threat=threat, count=evaluate.audit, steps=sorted(read))
+        steps.append(Step("audit", key, label, seed, (fit, *read), description="audit by AutoAttack"))
     if evaluate.eps_curve:
         key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve, **_rounding(recipe))
         steps.append(Step("curve", key, label, seed, (fit, clean), description="security curve"))
@@ -148,6 +155,34 @@ def _evaluation_steps(recipe: Recipe, variant: VariantSpec, seed: int, fit: str,
         key = content_key(kind="corruptions", model=fit, examples=evaluate.examples)
         steps.append(Step("corruptions", key, label, seed, (fit,), description="common corruptions"))
     return steps
+
+
+def _attack_steps(
+    recipe: Recipe,
+    variant: VariantSpec,
+    seed: int,
+    parents: tuple[str, str],
+    common: Mapping[str, object],
+    attack_keys: AttackKeys,
+    source_hash: SourceHash,
+) -> list[Step]:
+    """Return a step for each attack, and note its key; `attack_keys` has those of the variants before."""
+    found = []
+    for use in recipe.evaluate.attacks:
+        relative = attack_keys.get((variant.parent, seed, use.label)) if use.name in PROBED else None
+        key = content_key(
+            kind="attack",
+            **common,
+            threat=_threat(recipe.threat),
+            gallery=recipe.evaluate.gallery,
+            attack=_identity("attack", use, source_hash),
+            **_rounding(recipe),
+            **({"probes": relative} if relative else {}),
+        )
+        attack_keys[variant.label, seed, use.label] = key
+        wants = (relative,) if relative else ()
+        found.append(Step("attack", key, variant.label, seed, parents, use, use.label, wants))
+    return found
 
 
 def _rounding(recipe: Recipe) -> dict[str, object]:

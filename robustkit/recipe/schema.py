@@ -47,6 +47,7 @@ class EvaluateInput(Plain):
     latency: bool = True
     gallery: Annotated[int, Field(ge=0, le=64, strict=True)] = 8
     corruptions: bool = False
+    audit: Annotated[int, Field(ge=0, strict=True)] = 0
     quantize_input: bool = False
 
 
@@ -133,6 +134,10 @@ def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec
     _check_labels(reader, "attacks", "an attack's", attacks, (*ACCURACIES, *SIZES))
     taken = (*ACCURACIES, *SIZES, *(use.label for use in attacks))
     _check_labels(reader, "certify", "a certificate's", certify, taken)
+    if plain is not None and plain.audit and threat.norm == "l0":
+        reader.problem(
+            ("evaluate", "audit"), "AutoAttack works under linf, l2 or l1; the threat is l0", "leave audit out"
+        )
     if plain is None:
         return EvaluateSpec(attacks=attacks, certify=certify)
     for number, eps in enumerate(plain.eps_curve):

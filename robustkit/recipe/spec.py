@@ -81,6 +81,8 @@ class EvaluateSpec(Spec):
     gallery: int = 8
     certify: tuple[Use, ...] = ()
     corruptions: bool = False
+    audit: int = 0
+    """So many of the examples that withstand every attack meet AutoAttack-standard."""
     quantize_input: bool = False
     """Adversarial images are rounded to 8 bits before they are judged."""
 

@@ -25,6 +25,8 @@ from robustkit.workbench import MODEL, Workbench, threat_of
 
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"
+FOOLING = "fooling.npz"
+"""What an attack found of every example, rounded to 8 bits: the first probe of the variant's children."""
 CURVE_STEPS = 10
 CURVE_TRIES = 4
 
@@ -58,6 +60,8 @@ def attack_step(bench: Workbench, step: Step) -> None:
     assert step.use is not None
     model, test = bench.model(step.parents[0]), bench.test()
     attack = bench.create("attack", step.use)
+    shown = min(bench.recipe.evaluate.gallery, len(test))
+    followed = any(step.key in other.wants for other in bench.plan.steps)
     outcome = attack_outcome(
         model,
         test.images,
@@ -69,18 +73,33 @@ def attack_step(bench: Workbench, step: Step) -> None:
         label=step.use.name,
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
-        keep=bench.recipe.evaluate.gallery,
+        keep=len(test) if followed else shown,
+        probes=_probes(bench, step, test.images),
         quantize_input=bench.recipe.evaluate.quantize_input,
         on_progress=bench.attacked,
         checkpoint=Partial(bench.store, step.key),
     )
     files: tuple[str, ...] = (OUTCOME,)
-    if outcome.adversarial is not None and len(outcome.adversarial):
-        _write_gallery(bench, step, model, outcome.adversarial)
-        files = (OUTCOME, GALLERY)
+    if outcome.adversarial is not None and shown:
+        _write_gallery(bench, step, model, outcome.adversarial[:shown])
+        files = (*files, GALLERY)
+    if outcome.adversarial is not None and followed:
+        levels = (255 * outcome.adversarial).round().to(torch.uint8)
+        bench.store.write_arrays(step.key, FOOLING, {"images": levels.numpy()})
+        files = (*files, FOOLING)
     notes = [str(note) for note in getattr(attack, "notes", ())]
     expected = bool(getattr(attack, "minimum_norm", False))
     _finish_outcome(bench, step, outcome, {"notes": notes, "minimum_norm": expected}, files)
+
+
+def _probes(bench: Workbench, step: Step, clean: Tensor) -> Tensor | None:
+    """Return what fooled the parent, like the clean images (N, C, H, W), as far as it is there."""
+    for key in step.wants:
+        record = bench.store.record(key)
+        if record is not None and FOOLING in record["files"]:
+            images = torch.from_numpy(bench.store.read_arrays(key, FOOLING)["images"])
+            return images if images.shape == clean.shape else None
+    return None
 
 
 def _write_gallery(bench: Workbench, step: Step, model: nn.Module, adversarial: Tensor) -> None:

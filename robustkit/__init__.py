@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from robustkit.errors import RecipeError as RecipeError
     from robustkit.errors import RobustkitError as RobustkitError
     from robustkit.evaluation.api import evaluate as evaluate
+    from robustkit.evaluation.diagnose import diagnose as diagnose
     from robustkit.models.artefact import load_model as load  # noqa: F401
     from robustkit.recipe.schema import load_recipe as load_recipe
     from robustkit.registry import register as register
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Split": "robustkit.data.split:Split",
     "Step": "robustkit.train.hooks:Step",
     "Threat": "robustkit.attacks.threat:Threat",
+    "diagnose": "robustkit.evaluation.diagnose:diagnose",
     "evaluate": "robustkit.evaluation.api:evaluate",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",

@@ -84,7 +84,7 @@ class _Typed(nn.Module):
         return logits.float() if isinstance(logits, Tensor) else logits
 
 
-def _as_module(model: Model) -> nn.Module:
+def as_module(model: Model) -> nn.Module:
     """Return a model as a module that takes float32 images; its type is that of its first floating parameter.
 
     Raises:
@@ -128,8 +128,8 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     with torch.inference_mode(False):
-        images, labels = _checked(x, y, threat)
-        return _evaluated(_as_module(model), images, labels, threat, make_attacks(attacks), seed, batch_size)
+        images, labels = checked_images(x, y, threat)
+        return _evaluated(as_module(model), images, labels, threat, make_attacks(attacks), seed, batch_size)
 
 
 def _evaluated(
@@ -192,7 +192,12 @@ def _evaluation(
     )
 
 
-def _checked(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+def checked_images(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+    """Return images and labels as tensors that fit each other and the threat.
+
+    Raises:
+        UsageError: they do not.
+    """
     # Outside inference mode its tensors take no part in a backward; a clone does.
     images, labels = (one.clone() if one.is_inference() else one for one in map(torch.as_tensor, (x, y)))
     if images.dim() < 2:

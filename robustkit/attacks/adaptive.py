@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +86,13 @@ class Through:
     `view` takes the model and returns what is attacked instead: `lambda model: Eot(model)`, or a surrogate.
     """
 
-    seeded_by_example: ClassVar[bool] = True
-
     attack: Attack
     view: Callable[[nn.Module], nn.Module]
+
+    @property
+    def seeded_by_example(self) -> bool:
+        """Whether the attack's random numbers belong to the example, not to the batch."""
+        return bool(getattr(self.attack, "seeded_by_example", False))
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
         """Return what the attack finds on the view of the model."""

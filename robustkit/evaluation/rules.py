@@ -21,6 +21,7 @@ TRANSFER = 0.002
 TRANSFER_WRONG = 0.05
 RISE = 0.005
 CONVERGED = 0.005
+FAR_FROM_CONVERGED = 0.05
 SILENT = 0.002
 LOSSES_APART = 0.03
 SIGNIFICANT = 0.05
@@ -32,6 +33,11 @@ def _fell(before: Bools, after: Bools, least: float) -> tuple[int, float] | None
     lost = int(np.count_nonzero(before & ~after))
     share = lost / max(1, before.size)
     return (lost, share) if lost >= LEAST and share > least else None
+
+
+def _doubt_or_note(share: float) -> Severity:
+    """Say how much is made of a share of examples that more of the same attack finds."""
+    return "doubt" if share > FAR_FROM_CONVERGED else "note"
 
 
 def transfer_flags(white_box: Bools, transferred: Bools, *, compressed: bool) -> list[Flag]:
@@ -84,7 +90,7 @@ def convergence_flags(before: Bools, doubled: Bools, steps: int) -> list[Flag]:
         f"pgd with {2 * steps} steps fools {lost} examples ({share:.1%}) more than with {steps}: it has not converged; "
         "use more steps, or cascade"
     )
-    return [Flag(id="E8", severity="doubt", message=message)]
+    return [Flag(id="E8", severity=_doubt_or_note(share), message=message)]
 
 
 def silent_flags(silent: Mapping[str, int], n: int) -> list[Flag]:
@@ -110,7 +116,7 @@ def restart_flags(before: Bools, after: Bools) -> list[Flag]:
         f"one more random start fools {lost} of {left} examples that were left: more starts would find more; raise "
         "restarts, or use cascade"
     )
-    return [Flag(id="E10", severity="doubt", message=message)]
+    return [Flag(id="E10", severity=_doubt_or_note(lost / before.size), message=message)]
 
 
 def loss_flags(cross_entropy: Bools, margin: Bools) -> list[Flag]:

@@ -5,5 +5,5 @@ After Athalye et al. 2018 (arXiv 1802.00420, section 3.1), Carlini et al. 2019 (
 """
 
 from robustkit.evaluation.checks.batch import EXAMPLES as EXAMPLES
-from robustkit.evaluation.checks.preflight import preflight as preflight
-from robustkit.evaluation.checks.probes import probes as probes
+from robustkit.evaluation.checks.before_attack import preflight as preflight
+from robustkit.evaluation.checks.by_attack import probes as probes

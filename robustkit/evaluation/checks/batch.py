@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +30,28 @@ class Batch:
         """Return a generator at the start of the seed's numbers: no check shifts those of another."""
         return torch.Generator(device=self.x.device).manual_seed(self.seed)
 
+    def right(self, images: Tensor) -> Tensor:
+        """Return which of the images (N, ...) the model gives its labels (N,)."""
+        with torch.no_grad():
+            found: Tensor = self.model(images).argmax(1) == self.y
+        return found
+
     def select(self, index: Tensor) -> Batch:
         """Return the batch of the examples at `index` (n,)."""
         return Batch(self.model, self.x[index], self.y[index], self.threat.select(index), self.seed)
+
+
+def seed_models(seed: int) -> None:
+    """Seed every global generator, so that a model that draws numbers is seen drawing the same ones each time.
+
+    Only inside `undisturbed`, which puts the generators back.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    # Seeding what is not in use yet would be remembered for its first use.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def flag(kind: str, severity: Severity, message: str) -> Flag:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from robustkit.evaluation.checks.batch import flag
 from robustkit.results import Flag
 
-REPEATS = 3
+REPEATS = 4
 RANDOM_TOLERANCE = 1e-4
 RANDOM_ANSWERS = 0.01
 LEAST_ANSWERS = 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +28,16 @@ def surrogate_images(batch: Batch, surrogate: nn.Module) -> Tensor:
         return pgd(surrogate, batch.x, batch.y, batch.threat, steps=STEPS, generator=batch.generator())
 
 
-def transfer(batch: Batch, surrogate: nn.Module, white_box: Bools, *, compressed: bool) -> list[Flag]:
-    """E5, or E17 of a model compressed from the surrogate; `white_box` (N,): right under attacks on the model."""
+def transfer(
+    batch: Batch, surrogate: nn.Module, whole: Callable[[Tensor], Bools], white_box: Bools, *, compressed: bool
+) -> list[Flag]:
+    """E5, or E17 of a model compressed from the surrogate: images of the surrogate tried on the batch's model.
+
+    `whole` makes (N,) of all examples of (n,) of the batch; `white_box` (N,): right under attacks on the model itself.
+    """
     try:
         images = surrogate_images(batch, surrogate)
     except AttackError:
         message = "the surrogate has no gradient, so none of its images could be tried: give a differentiable one"
         return [flag("E17" if compressed else "E5", "note", message)]
-    with torch.no_grad():
-        right = batch.model(images).argmax(1) == batch.y
-    return transfer_flags(white_box, right.cpu().numpy(), compressed=compressed)
+    return transfer_flags(white_box, whole(batch.right(images)), compressed=compressed)

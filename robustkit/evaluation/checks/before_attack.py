@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from robustkit.attacks.losses import margin
 from robustkit.attacks.threat import Threat
 from robustkit.evaluation.attacked import as_images, checked_logits
-from robustkit.evaluation.checks.batch import EXAMPLES, Batch, flag, input_gradients
+from robustkit.evaluation.checks.batch import EXAMPLES, Batch, flag, input_gradients, seed_models
 from robustkit.evaluation.checks.dynamic import dynamic_defense
 from robustkit.evaluation.checks.gradients import gradient_flags
 from robustkit.evaluation.checks.images import off_grid
@@ -34,31 +34,31 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, seed: i
     y = y[:EXAMPLES].to(device)
     found = [*arrived_training(model), *off_grid(x)]
     with undisturbed(model), torch.no_grad():
+        seed_models(seed)
         logits = checked_logits(model(x), len(x)).float()
         if not bool(torch.isfinite(logits).all()):
             return [flag("P8", "wrong", "logits are not finite: no accuracy of this model means anything; retrain it")]
-        found += [
-            *stays_training(model),
-            *randomness(model, x, logits),
-            *probabilities(logits),
-            *few_classes(logits),
-            *batch_dependence(model, x, logits),
-            *dynamic_defense(model, x),
-        ]
+        drawn = randomness(model, x, logits)
+        found += [*stays_training(model), *drawn, *probabilities(logits), *few_classes(logits)]
+        if not drawn:
+            # A model that draws numbers answers otherwise each time, alone or in company.
+            found += batch_dependence(model, x, logits)
+        found += dynamic_defense(model, x)
         index = (logits.argmax(1) == y).nonzero().squeeze(1)
         right = Batch(model, x[index], y[index], threat.to(device).select(index), seed)
     if len(index):
         with undisturbed(model), torch.enable_grad():
-            found += _of_gradients(right, logits.shape[1])
+            found += _of_gradients(right, logits.shape[1], steady=not drawn)
     return found
 
 
-def _of_gradients(batch: Batch, classes: int) -> list[Flag]:
+def _of_gradients(batch: Batch, classes: int, *, steady: bool) -> list[Flag]:
     found = gradient_flags(batch)
-    if not any(one.id in BLIND and one.severity == "wrong" for one in found):
+    if steady and not any(one.id in BLIND and one.severity == "wrong" for one in found):
         # Where there is no gradient there is nothing to be said about its sign.
         found += usefulness(batch)
-    found += instability(batch)
+    if steady:
+        found += instability(batch)
     if input_gradients(batch.select(torch.zeros_like(batch.y[:1])), batch.x[:1], margin) is None:
         return found
     return [*found, *unbounded(batch, classes)]

@@ -19,6 +19,7 @@ from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outco
 from robustkit.evaluation.checks import preflight
 from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.rules import silent_flags
 from robustkit.results import Flag, Rate
 
 AttackSpec = str | Mapping[str, Mapping[str, Any] | Attack | None] | Attack
@@ -176,6 +177,7 @@ def _evaluation(
     flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
     flags += finite_flags({"clean": clean.not_finite, **{name: one.not_finite for name, one in outcomes.items()}})
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
+    flags += silent_flags({label: one.silent for label, one in outcomes.items()}, clean.correct.size)
     minimum_norm = {label for label, (_, attack) in made.items() if getattr(attack, "minimum_norm", False)}
     flags += budget_flags({label: one.projected for label, one in outcomes.items() if label not in minimum_norm})
     for label, (_, attack) in made.items():

@@ -14,6 +14,7 @@ from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.silent import Watched
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
@@ -140,10 +141,13 @@ def attack_outcome(
         distance=torch.zeros(len(y)),
         projected=torch.zeros((), dtype=torch.int64, device=device),
         not_finite=torch.zeros((), dtype=torch.int64, device=device),
+        silent=torch.zeros((), dtype=torch.int64, device=device),
         images=as_images(x[:keep].to("cpu")).clone(),
     )
     with undisturbed(model), torch.enable_grad():
         counted = CountedModel(model).eval()
+        # Attacks of robustkit's own keep the best image that they meet.
+        watched = None if getattr(attack, "seeded_by_example", False) else Watched(counted).eval()
         for first in range(0, len(todo), batch_size):
             index = todo[first : first + batch_size]
             images = as_images(x[index.to(x.device)].to(device))
@@ -151,12 +155,16 @@ def attack_outcome(
             generator = generator_for(attack, seed, label, int(index[0]), device)
             budget = threat.select(index.to(device))
             # A copy: what changes its input in place must still be measured against the clean images.
-            found = attack(counted, images.clone(), labels.clone(), budget, generator=generator)
+            if watched is not None:
+                watched.watch(images, labels, budget)
+            found = attack(watched or counted, images.clone(), labels.clone(), budget, generator=generator)
             found, length, outside = audited(found, images, budget, label)
             counted.eval()
             with torch.no_grad():
                 answer = predicted(counted(found))
             seen.add(index, images, found, answer, length, outside)
+            if watched is not None:
+                seen.silent += (watched.met & (answer == labels)).sum()
             if on_progress is not None:
                 on_progress(min(first + batch_size, len(todo)), len(todo))
     return Outcome(
@@ -168,6 +176,7 @@ def attack_outcome(
         seconds=time.perf_counter() - started,
         projected=int(seen.projected),
         not_finite=int(seen.not_finite),
+        silent=int(seen.silent),
         adversarial=seen.images if keep else None,
     )
 
@@ -180,6 +189,7 @@ class _Seen:
     distance: Tensor
     projected: Tensor
     not_finite: Tensor
+    silent: Tensor
     images: Tensor
 
     def add(

@@ -32,6 +32,8 @@ class Outcome:
     """Results that left the ball or were not finite, and so did not count."""
     not_finite: int = 0
     """Examples whose logits were not finite: wrong without an attack, not fooled by one."""
+    silent: int = 0
+    """Examples that the attack had fooled on its way, but not with the image that it returned; where it can be seen."""
     adversarial: Tensor | None = None
     """The adversarial images of the first examples, where they were asked for."""
 

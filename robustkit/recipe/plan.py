@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe, data_fingerprint: str, source_hash: SourceHash) ->
             fit = _fit_step(recipe, variant, seed, data_fingerprint, fit_keys, source_hash)
             fit_keys[variant.label, seed] = fit.key
             steps.append(fit)
-            steps.extend(_evaluation_steps(recipe, variant, seed, fit.key, source_hash))
+            steps.extend(_evaluation_steps(recipe, variant, seed, fit, source_hash))
     if recipe.evaluate.latency and recipe.variants:
         steps.append(_latency_step(recipe, fit_keys))
     return Plan(recipe, data_fingerprint, tuple(steps), fit_keys)
@@ -119,8 +119,10 @@ def _train(train: TrainSpec, source_hash: SourceHash) -> dict[str, object]:
     return values
 
 
-def _evaluation_steps(recipe: Recipe, variant: VariantSpec, seed: int, fit: str, source_hash: SourceHash) -> list[Step]:
-    evaluate, label = recipe.evaluate, variant.label
+def _evaluation_steps(
+    recipe: Recipe, variant: VariantSpec, seed: int, made: Step, source_hash: SourceHash
+) -> list[Step]:
+    evaluate, label, fit = recipe.evaluate, variant.label, made.key
     common: dict[str, object] = {"model": fit, "examples": evaluate.examples, "seed": seed}
     threat = _threat(recipe.threat)
     clean = content_key(kind="clean", **common)
@@ -140,8 +142,9 @@ def _evaluation_steps(recipe: Recipe, variant: VariantSpec, seed: int, fit: str,
     if evaluate.eps_curve:
         key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve)
         steps.append(Step("curve", key, label, seed, (fit, clean), description="security curve"))
-    key = content_key(kind="checks", **common, threat=threat)
-    steps.append(Step("checks", key, label, seed, (fit, clean), description="sanity checks"))
+    # The parent is the surrogate whose adversarial images are tried on its child.
+    key = content_key(kind="checks", **common, threat=threat, surrogate=made.parents)
+    steps.append(Step("checks", key, label, seed, (fit, clean, *made.parents), description="sanity checks"))
     return steps
 
 

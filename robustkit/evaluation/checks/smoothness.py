@@ -17,9 +17,10 @@ DIRECTIONS = 4
 CLEAR = 0.5
 """A random direction counts where the gradient promises at least this many times what it does on average."""
 WRONG_SIGN_DOUBT = 0.10
-WRONG_SIGN_WRONG = 0.25
+WRONG_SIGN_WRONG = 0.20
 DRAWS = 10
-UNSTABLE = 0.10
+UNSTABLE_NOTE = 0.10
+UNSTABLE_DOUBT = 0.25
 
 
 def usefulness(batch: Batch) -> list[Flag]:
@@ -96,10 +97,10 @@ def instability(batch: Batch) -> list[Flag]:
         [(_reached(batch, random_start(batch.x, half, generator)) - here).abs() for _ in range(DRAWS)]
     )
     relative = float((changes / here.abs().clamp_min(1e-12)).clamp(max=1).mean())
-    if not relative > UNSTABLE:
+    if not relative > UNSTABLE_NOTE:
         return []
     message = (
         f"random noise of half of eps changes the margin by {relative:.0%} on average: the loss is rough; use more "
         "restarts, and an attack without gradients beside them"
     )
-    return [flag("P12", "doubt", message)]
+    return [flag("P12", "doubt" if relative > UNSTABLE_DOUBT else "note", message)]

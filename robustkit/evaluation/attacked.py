@@ -145,9 +145,10 @@ def attack_outcome(
         images=as_images(x[:keep].to("cpu")).clone(),
     )
     with undisturbed(model), torch.enable_grad():
-        counted = CountedModel(model).eval()
+        counted = CountedModel(model)
         # Attacks of robustkit's own keep the best image that they meet.
-        watched = None if getattr(attack, "seeded_by_example", False) else Watched(counted).eval()
+        watched = None if getattr(attack, "seeded_by_example", False) else Watched(counted)
+        shown = (counted if watched is None else watched).eval()
         for first in range(0, len(todo), batch_size):
             index = todo[first : first + batch_size]
             images = as_images(x[index.to(x.device)].to(device))
@@ -157,9 +158,9 @@ def attack_outcome(
             # A copy: what changes its input in place must still be measured against the clean images.
             if watched is not None:
                 watched.watch(images, labels, budget)
-            found = attack(watched or counted, images.clone(), labels.clone(), budget, generator=generator)
+            found = attack(shown, images.clone(), labels.clone(), budget, generator=generator)
             found, length, outside = audited(found, images, budget, label)
-            counted.eval()
+            shown.eval()
             with torch.no_grad():
                 answer = predicted(counted(found))
             seen.add(index, images, found, answer, length, outside)

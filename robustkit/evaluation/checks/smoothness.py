@@ -11,8 +11,10 @@ from robustkit.attacks.search import steepest
 from robustkit.evaluation.checks.batch import Batch, flag
 from robustkit.results import Flag
 
-STEP = 1 / 20
-"""Of a finite difference, as a share of eps."""
+STEP, LONGEST_STEP = 1 / 20, 1 / 4
+"""Of a finite difference, as a share of eps: longer only where the model's number type cannot see so little."""
+RESOLVED = 8
+"""So many units in the last place of 1 a pixel must move."""
 DIRECTIONS = 4
 CLEAR = 0.5
 """A random direction counts where the gradient promises at least this many times what it does on average."""
@@ -32,8 +34,8 @@ def usefulness(batch: Batch) -> list[Flag]:
     gradient = _gradient(batch)
     if gradient is None or not bool(torch.isfinite(gradient).all()):
         return []
-    length = batch.threat.eps_for(batch.x) * STEP
-    usable = (gradient.flatten(1).abs().amax(1) > 0) & (length.flatten() > 0)
+    length, seen = _length(batch)
+    usable = seen & (gradient.flatten(1).abs().amax(1) > 0)
     if not bool(usable.any()):
         return []
     uphill = _change(batch, steepest(batch.x, gradient, batch.threat, length))
@@ -48,6 +50,18 @@ def usefulness(batch: Batch) -> list[Flag]:
         "surrogate by robustkit.attacks.adaptive.Bpda, or by queries"
     )
     return [flag("P11", "wrong" if worst > WRONG_SIGN_WRONG else "doubt", message)]
+
+
+def _length(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the length of a step (N, 1, ..., 1), and for which examples (N,) the model's type resolves it."""
+    dtype = next((one.dtype for one in batch.model.parameters() if one.is_floating_point()), torch.float32)
+    eps = batch.threat.eps_for(batch.x)
+    pixels = batch.x[:1].numel()
+    widest = {"linf": 1.0, "l2": pixels**0.5, "l1": float(pixels)}[batch.threat.norm]
+    # A step along signs moves each pixel by its length over this.
+    least = RESOLVED * torch.finfo(dtype).eps * widest
+    share = (least / eps.clamp_min(1e-12)).clamp(STEP, LONGEST_STEP)
+    return eps * share, (eps * LONGEST_STEP >= least).flatten()
 
 
 def _gradient(batch: Batch) -> Tensor | None:

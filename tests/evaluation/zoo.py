@@ -6,6 +6,7 @@ at it (`view`). The accuracy under an attack on these, judged by the masked mode
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from robustkit.attacks.adaptive import Bpda, Eot
 
@@ -51,9 +53,10 @@ def train(
     teacher: nn.Module | None = None,
     inner: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
     lr: float = 3e-3,
+    data: tuple[Tensor, Tensor] | None = None,
 ) -> nn.Module:
     """Train on the digits; `teacher`: on its softened answers; `inner`: on the images that this makes of each batch."""
-    x, y, _, _ = digits()
+    x, y = digits()[:2] if data is None else data
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(0)
     model.train()
@@ -195,7 +198,50 @@ def fragile() -> nn.Module:
 @cache
 def robust() -> nn.Module:
     torch.manual_seed(0)
-    return train(network(), steps=400, inner=n_fgsm)
+    return train(network(), steps=250, inner=n_fgsm)
+
+
+@cache
+def pruned() -> nn.Module:
+    """The robust network without half of its weights, tuned as it was trained."""
+    model = copy.deepcopy(robust()).requires_grad_(True)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=0.5)
+    train(model, steps=60, inner=n_fgsm)
+    for layer in layers:
+        prune.remove(layer, "weight")
+    return model.requires_grad_(False)
+
+
+@cache
+def certified() -> nn.Module:
+    """Trained on interval bounds (Gowal et al. 2018, arXiv 1810.12715)."""
+    torch.manual_seed(7)
+    x, y, _, _ = digits()
+    first, second = nn.Linear(64, 128), nn.Linear(128, 10)
+    optimizer = torch.optim.Adam([*first.parameters(), *second.parameters()], lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(400):
+        index = torch.randint(0, len(x), (128,), generator=generator)
+        batch, labels, eps = x[index].flatten(1), y[index], 0.1 * min(1.0, step / 200)
+        low, high = _interval(first, (batch - eps).clamp(0, 1), (batch + eps).clamp(0, 1))
+        low, high = _interval(second, low.relu(), high.relu())
+        worst = torch.where(functional.one_hot(labels, 10).bool(), low, high)
+        loss = functional.cross_entropy(second(first(batch).relu()), labels) + functional.cross_entropy(worst, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second).eval().requires_grad_(False)
+
+
+def _interval(layer: nn.Linear, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    middle, radius = layer((low + high) / 2), functional.linear((high - low) / 2, layer.weight.abs())
+    return middle - radius, middle + radius
+
+
+HONEST: dict[str, Callable[[], nn.Module]] = {
+    "fragile": fragile, "robust": robust, "pruned": pruned, "certified": certified,
+}  # fmt: skip
 
 
 def _before(mask: Callable[[Tensor], Tensor]) -> Masked:
@@ -224,7 +270,7 @@ def distilled() -> Masked:
 
 def winners() -> Masked:
     torch.manual_seed(3)
-    model = train(network(1, KWinners), steps=300)
+    model = train(network(1, KWinners), steps=200)
     smooth = network(1, SmoothWinners)
     smooth.load_state_dict(model.state_dict())
     smooth = smooth.eval().requires_grad_(False)
@@ -242,7 +288,7 @@ def thermometers() -> Masked:
 
 def dropout_on() -> Masked:
     torch.manual_seed(5)
-    model = train(network(1, nn.ReLU, DropsAlways()), steps=300)
+    model = train(network(1, nn.ReLU, DropsAlways()))
     bare = nn.Sequential(*(layer for layer in model if not isinstance(layer, DropsAlways)))  # type: ignore[attr-defined]
     return Masked(model, Eot(model), bare)
 

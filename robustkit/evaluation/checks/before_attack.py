@@ -48,17 +48,21 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, seed: i
         right = Batch(model, x[index], y[index], threat.to(device).select(index), seed)
     if len(index):
         with undisturbed(model), torch.enable_grad():
-            found += _of_gradients(right, logits.shape[1], steady=not drawn)
+            seed_models(seed)
+            found += _of_gradients(right, logits.shape[1], drawn)
     return found
 
 
-def _of_gradients(batch: Batch, classes: int, *, steady: bool) -> list[Flag]:
+def _of_gradients(batch: Batch, classes: int, drawn: list[Flag]) -> list[Flag]:
     found = gradient_flags(batch)
-    if steady and not any(one.id in BLIND and one.severity == "wrong" for one in found):
+    if not drawn and not any(one.id in BLIND and one.severity == "wrong" for one in found):
         # Where there is no gradient there is nothing to be said about its sign.
         found += usefulness(batch)
-    if steady:
+    if not drawn:
         found += instability(batch)
+    if any(one.severity == "wrong" for one in drawn):
+        # What is left of an attack on answers that change by themselves says nothing about the gradients.
+        return found
     if input_gradients(batch.select(torch.zeros_like(batch.y[:1])), batch.x[:1], margin) is None:
         return found
     return [*found, *unbounded(batch, classes)]

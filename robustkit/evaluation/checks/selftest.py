@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from robustkit.attacks.cascade import Cascade
 from robustkit.attacks.gradient import Pgd
@@ -25,7 +26,8 @@ def linear_oracle(device: torch.device) -> tuple[nn.Linear, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     weight = torch.randn(CLASSES, PIXELS, generator=generator)
     x = 0.5 + SPREAD * torch.randn(IMAGES, PIXELS, generator=generator)
-    model = nn.Linear(PIXELS, CLASSES)
+    # Without weights drawn from the global generator, which is not ours.
+    model = skip_init(nn.Linear, PIXELS, CLASSES)
     with torch.no_grad():
         model.weight.copy_(weight)
         model.bias.copy_(-0.5 * weight.sum(1))

@@ -177,6 +177,24 @@ def test_p12_a_rough_loss() -> None:
     assert severities == ["note", "doubt"]
 
 
+class Bait(nn.Module):
+    """Its gradient points to the other class at the gray image, and away from it all around."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        away = (x - 0.5).flatten(1).mean(1) / 0.1
+        reached = torch.where(away > 0.95, 2.0, torch.where(away.abs() < 0.02, away, -away))
+        return torch.stack([torch.full_like(reached, 1.5), reached], 1)
+
+
+def test_e2_e3_and_e4_weaker_attacks_that_find_more() -> None:
+    x, y = torch.full((40, 1, 1, 2), 0.5), torch.zeros(40, dtype=torch.int64)
+    x += 1e-5 * torch.arange(40).view(-1, 1, 1, 1)
+    assert found_in(probes(Bait(), x, y, THREAT, seed=0, device=CPU))["E2"] == "wrong"
+    rounded = diagnosed(zoo.ZOO["rounded"]().model)
+    assert (rounded["E3"], rounded["E4"]) == ("doubt", "doubt")
+    assert not {"E2", "E3", "E4"} & set(diagnosed(zoo.fragile()))
+
+
 def test_e5_images_of_a_surrogate() -> None:
     killed = zoo.ZOO["killed"]().model
     assert diagnosed(killed, surrogate=zoo.fragile())["E5"] == "wrong"

@@ -105,6 +105,7 @@ def test_the_adaptive_view_finds_what_the_mask_hides(name: str, built: dict[str,
     assert rates["view"] <= rates["direct"] - 0.08
 
 
+@pytest.mark.slow
 def test_a_mask_with_flags_is_a_mask(built: dict[str, zoo.Masked]) -> None:
     """k-winners: that the cascade does not find the truth is why the flag is needed."""
     masked = built["k-winners"].model

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from robustkit.evaluation.api import evaluate as evaluate
     from robustkit.evaluation.certified import certify as certify
     from robustkit.evaluation.corrupted import corrupted_accuracy as corrupted_accuracy
+    from robustkit.evaluation.diagnose import diagnose as diagnose
     from robustkit.evaluation.minimum import minimum_distances as minimum_distances
     from robustkit.models.artefact import load_model as load  # noqa: F401
     from robustkit.recipe.schema import load_recipe as load_recipe
@@ -43,6 +44,7 @@ _PUBLIC = {
     "Threat": "robustkit.attacks.threat:Threat",
     "certify": "robustkit.evaluation.certified:certify",
     "corrupted_accuracy": "robustkit.evaluation.corrupted:corrupted_accuracy",
+    "diagnose": "robustkit.evaluation.diagnose:diagnose",
     "evaluate": "robustkit.evaluation.api:evaluate",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",

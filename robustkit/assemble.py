@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from robustkit import stats
 from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags, subset_flags
 from robustkit.evaluation.distances import MinimumDistances
+from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
+from robustkit.evaluation.rules import silent_flags
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
@@ -176,6 +178,7 @@ def _row(
     # Latency is measured on the first seed's models; the other seeds have the same architecture.
     measured = latency.get(plan.fit_keys[one.variant, plan.recipe.seeds[0]], {})
     parent = evaluated.get((variant.parent, one.seed)) if variant.parent else None
+    curves = _curves(plan, one)
     return VariantResult(
         name=one.variant,
         seed=one.seed,
@@ -190,7 +193,7 @@ def _row(
         audit=_audit(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
-        curves=_curves(plan, one),
+        curves=curves,
         distances={
             label: MinimumDistances(plan.recipe.threat.norm, values).summary()
             for label, values in one.distances.items()
@@ -210,6 +213,7 @@ def _row(
             *attack_flags(plan, one.variant, one.seed, one.attacks, failed),
             *unsound_flags(plan, one.variant, one.seed, failed),
             *_flags(plan, one),
+            *curve_flags(curves, len(classes)),
         ],
         notes=[*fit.get("notes", []), *measure.get("notes", []), *_audited(one)],
         forwards=_total(one, "forwards"),
@@ -283,6 +287,10 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
     records = {"clean": one.records["clean"], **one.attacks}
     flags += finite_flags({label: int(record.get("not_finite", 0)) for label, record in records.items()})
+    flags += silent_flags(
+        {label: int(record.get("silent", 0)) for label, record in one.attacks.items()}, one.correct["clean"].size
+    )
+    flags += same_attack_flags(training_of(plan.recipe, one.variant), plan.recipe.evaluate.attacks, default_of)
     kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
     flags += compare_flags(one.correct, kinds)
     flags += audit_flags(_audit(one))

@@ -21,6 +21,7 @@ from robustkit.evaluation.checks import preflight
 from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags
 from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.rules import silent_flags
 from robustkit.results import Audit, Flag, Rate
 
 AttackSpec = str | Mapping[str, Mapping[str, Any] | Attack | None] | Attack
@@ -216,6 +217,7 @@ def _evaluation(
     flags = preflight(model, x, y, threat, seed=seed, device=device) if outcomes else []
     flags += finite_flags({"clean": clean.not_finite, **{name: one.not_finite for name, one in outcomes.items()}})
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
+    flags += silent_flags({label: one.silent for label, one in outcomes.items()}, clean.correct.size)
     flags += budget_flags({label: one.projected for label, one in outcomes.items()})
     for label, (_, attack) in made.items():
         notes = getattr(attack, "notes", ())

@@ -19,6 +19,7 @@ from robustkit.evaluation.distances import ABSOLUTE_SLACK, RELATIVE_SLACK
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.rounding import rounded
 from robustkit.evaluation.seen import NO_CLASS, Checkpoint, Judged, Seen
+from robustkit.evaluation.silent import Watched
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
@@ -140,7 +141,6 @@ def attack_outcome(
     started = time.perf_counter()
     threat = threat.to(device)
     todo = torch.from_numpy(np.flatnonzero(clean.correct))
-    minimal = bool(getattr(attack, "minimum_norm", False))
     seen = Seen.start(clean.prediction, as_images(x[:keep].to("cpu")), checkpoint)
     with undisturbed(model), torch.enable_grad():
         counted = CountedModel(model).eval()
@@ -154,20 +154,41 @@ def attack_outcome(
             budget = threat.select(index.to(device))
             now = attack if probes is None else After(as_images(probes[index].to(device)), attack)
             try:
-                # A copy: what changes its input in place must still be measured against the clean images.
-                found = now(counted, images.clone(), labels.clone(), budget, generator=generator)
-                ball = budget.with_eps(torch.inf) if minimal else budget
-                found, length, outside = audited(found, images, ball, label, quantize=quantize_input)
-                answer = asked(counted, found)
+                batch = attacked_batch(
+                    counted, images, labels, now, budget, generator=generator, label=label, quantize=quantize_input
+                )
             except RuntimeError as error:
                 size = halved(len(index), error)
                 continue
-            seen.add(index, Judged(images, found, answer, length, length <= reach(budget, images), outside))
+            seen.add(index, batch)
             seen.pay(counted, time.perf_counter() - started)
             seen.save(checkpoint, last=seen.done == len(todo))
             if on_progress is not None:
                 on_progress(seen.done, len(todo), seen.robust(y, todo))
-    return seen.outcome(y, keep=keep, minimal=minimal)
+    return seen.outcome(y, keep=keep, minimal=bool(getattr(attack, "minimum_norm", False)))
+
+
+def attacked_batch(
+    model: CountedModel,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    *,
+    generator: torch.Generator,
+    label: str,
+    quantize: bool,
+) -> Judged:
+    """Return what an attack made of one batch x (N, ...), y (N,), as the model sees it."""
+    # Attacks of robustkit's own keep the best image that they meet: nothing there to watch.
+    watched = None if getattr(attack, "seeded_by_example", False) else Watched(model, x, y, threat).eval()
+    # A copy: what changes its input in place must still be measured against the clean images.
+    found = attack(model if watched is None else watched, x.clone(), y.clone(), threat, generator=generator)
+    ball = threat.with_eps(torch.inf) if getattr(attack, "minimum_norm", False) else threat
+    found, length, outside = audited(found, x, ball, label, quantize=quantize)
+    answer = asked(model, found)
+    silent = torch.zeros_like(outside) if watched is None else (watched.met & (answer == y)).sum()
+    return Judged(x, found, answer, length, length <= reach(threat, x), outside, silent)
 
 
 def asked(counted: CountedModel, images: Tensor) -> Tensor:

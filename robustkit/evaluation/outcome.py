@@ -40,6 +40,8 @@ class Outcome:
 
     0 where the model is wrong without an attack, infinite where the attack found nothing.
     """
+    silent: int = 0
+    """Examples that the attack had fooled on its way, but not with the image that it returned; where it can be seen."""
     adversarial: Tensor | None = None
     """The adversarial images of the first examples, where they were asked for."""
 

@@ -49,6 +49,8 @@ class Judged:
     """Whether that is within the budget (n,)."""
     outside: Tensor
     """How many results did not count, and were put back."""
+    silent: Tensor
+    """How many examples the attack had fooled on its way, but not with what it returned."""
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Seen:
     """So many of the examples to attack are attacked."""
     projected: int = 0
     not_finite: int = 0
+    silent: int = 0
     forwards: int = 0
     backwards: int = 0
     seconds: float = 0.0
@@ -88,7 +91,7 @@ class Seen:
             tensors = [torch.from_numpy(saved[name]) for name in ARRAYS]
             counts = [int(value) for value in saved["counts"]]
             seconds = float(saved["seconds"])
-            done, projected, not_finite, forwards, backwards = counts
+            done, projected, not_finite, silent, forwards, backwards = counts
         except (KeyError, ValueError, TypeError):
             return self
         mine = [getattr(self, name) for name in ARRAYS]
@@ -105,6 +108,7 @@ class Seen:
             done=done,
             projected=projected,
             not_finite=not_finite,
+            silent=silent,
             forwards=forwards,
             backwards=backwards,
             seconds=seconds,
@@ -114,9 +118,10 @@ class Seen:
     def add(self, index: Tensor, batch: Judged) -> None:
         """Take in the batch of the examples at `index` (n,), which are right without an attack."""
         answered = batch.answer != NO_CLASS
-        outside, unanswered = torch.stack([batch.outside, (~answered).sum()]).tolist()
+        outside, unanswered, silent = torch.stack([batch.outside, (~answered).sum(), batch.silent]).tolist()
         self.projected += int(outside)
         self.not_finite += int(unanswered)
+        self.silent += int(silent)
         # Only what is right without an attack is attacked: its prediction so far is its label.
         fooled = answered & (batch.answer != self.prediction[index].to(batch.answer.device))
         self.minimal[index] = torch.where(fooled, batch.length, torch.inf).cpu()
@@ -144,7 +149,7 @@ class Seen:
         """Keep what was seen, if some time has passed and there is more to come."""
         if checkpoint is None or last or time.monotonic() - self.saved_at < SAVE_EVERY:
             return
-        counts = [self.done, self.projected, self.not_finite, self.forwards, self.backwards]
+        counts = [self.done, self.projected, self.not_finite, self.silent, self.forwards, self.backwards]
         checkpoint.save(
             {
                 **{name: getattr(self, name).numpy() for name in ARRAYS},
@@ -165,6 +170,7 @@ class Seen:
             seconds=self.seconds,
             projected=self.projected,
             not_finite=self.not_finite,
+            silent=self.silent,
             minimal_distance=self.minimal.numpy() if minimal else None,
             adversarial=self.images if keep else None,
         )

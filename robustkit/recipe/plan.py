@@ -148,8 +148,9 @@ def _evaluation_steps(
     if evaluate.eps_curve:
         key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve, **_rounding(recipe))
         steps.append(Step("curve", key, label, seed, (fit, clean), description="security curve"))
-    key = content_key(kind="checks", **common, threat=threat)
-    steps.append(Step("checks", key, label, seed, (fit, clean), description="sanity checks"))
+    # The parent is the surrogate whose adversarial images are tried on its child.
+    key = content_key(kind="checks", **common, threat=threat, surrogate=made.parents)
+    steps.append(Step("checks", key, label, seed, (fit, clean, *made.parents), description="sanity checks"))
     steps += _certify_steps(recipe, steps, common, source_hash)
     if evaluate.corruptions:
         key = content_key(kind="corruptions", model=fit, examples=evaluate.examples)

@@ -14,9 +14,10 @@ from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Attack
 from robustkit.compress.costs import measure_costs, measure_latency, notes_of
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
-from robustkit.evaluation.checks import preflight
+from robustkit.evaluation.checks import preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.reporting import default_of, trained_steps, training_of
 from robustkit.missing import latency_key
 from robustkit.recipe.plan import Step
 from robustkit.seeding import derive_seed
@@ -142,6 +143,7 @@ def _finish_outcome(
         "seconds": outcome.seconds,
         "projected": outcome.projected,
         "not_finite": outcome.not_finite,
+        "silent": outcome.silent,
         **(extra or {}),
     }
     bench.store.finish(step.key, record, files)
@@ -188,15 +190,21 @@ def curve_step(bench: Workbench, step: Step) -> None:
 
 
 def checks_step(bench: Workbench, step: Step) -> None:
-    """Store the flags of the sanity checks on a model."""
-    test = bench.test()
-    flags = preflight(
-        bench.model(step.parents[0]),
+    """Store the flags of the sanity checks on a model; its parent is the surrogate."""
+    test, recipe = bench.test(), bench.recipe
+    model, seed = bench.model(step.parents[0]), derive_seed(step.seed, step.key)
+    threat = threat_of(recipe.threat)
+    flags = preflight(model, test.images, test.labels, threat, seed=seed, device=bench.device)
+    flags += probes(
+        model,
         test.images,
         test.labels,
-        threat_of(bench.recipe.threat),
-        seed=derive_seed(step.seed, step.key),
+        threat,
+        seed=seed,
         device=bench.device,
+        surrogate=bench.load(step.parents[2]) if len(step.parents) > 2 else None,
+        compressed=bool(recipe.variant(step.variant).compress),
+        one_step=trained_steps(training_of(recipe, step.variant), default_of) == 1,
     )
     bench.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags]})
 

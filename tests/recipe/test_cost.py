@@ -21,7 +21,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.attacks.torchattacks_cost import RULES
 from robustkit.attacks.torchattacks_table import PROFILES
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
-from robustkit.evaluation.checks import EXAMPLES, preflight
+from robustkit.evaluation.checks import EXAMPLES, preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.recipe import cost
 from robustkit.recipe.facts import facts_of
@@ -172,7 +172,12 @@ def test_the_checks_are_counted(images: int) -> None:
     x, y = torch.rand(images, 1, 8, 8), torch.zeros(images, dtype=torch.int64)
     threat = Threat("linf", 0.1)
     assert cost.CHECKED == EXAMPLES
-    found = passes(lambda model: preflight(model, x, y, threat, seed=0, device=CPU), images)
+
+    def run(model: nn.Module) -> None:
+        preflight(model, x, y, threat, seed=0, device=CPU)
+        probes(model, x, y, threat, seed=0, device=CPU, surrogate=model)
+
+    found = passes(run, images)
     assert found <= cost.CHECKS
     said = cost.attack_passes(read([], examples=images), parameter) - 1
     assert found <= said <= found + 12

@@ -46,7 +46,7 @@ def test_show_explains_one_plugin(name: str, capsys: pytest.CaptureFixture[str])
 
 def test_show_of_nothing_helps(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["show", "pdg"]) == 2
-    assert "did you mean 'pgd'" in capsys.readouterr().err
+    assert "'pgd'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

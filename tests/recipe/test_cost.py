@@ -25,12 +25,13 @@ from robustkit.evaluation.checks import EXAMPLES, preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.recipe import cost
 from robustkit.recipe.facts import facts_of
+from robustkit.recipe.norms import ATTACK_NORMS
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import Recipe, Use
 from robustkit.steps import evaluate
 
 CPU = torch.device("cpu")
-EPS = {"linf": 0.1, "l2": 1.0, "l1": 5.0}
+EPS = {"linf": 0.1, "l2": 1.0, "l1": 5.0, "l0": 3}
 IMAGES = 2
 QUICK: dict[str, list[dict[str, Any]]] = {
     "SPSA": [{"nb_iter": 2}, {"nb_sample": 10, "max_batch_size": 4}],
@@ -60,6 +61,7 @@ QUICK: dict[str, list[dict[str, Any]]] = {
 EARLY = {"CW", "EADL1", "EADEN", "BIM"}
 """They may stop before their last step, or count their own steps."""
 SLOW = {"AutoAttack"}
+MINIMUM_NORM = {name: ATTACK_NORMS[name] for name in sorted(cost.MINIMUM_NORM)}
 CASES = [
     pytest.param(name, given, marks=[pytest.mark.slow] if name in SLOW and given else [], id=f"{name}-{number}")
     for name in sorted(PROFILES)
@@ -145,6 +147,17 @@ def test_robustkits_own_attacks_cost_what_is_said(attack: Any) -> None:
     recipe = read([attack])
     (use,) = recipe.evaluate.attacks
     assert counted(use, "linf", 1) == cost.one_attack_passes(use, parameter, facts_of(recipe))
+
+
+@pytest.mark.parametrize(
+    ("attack", "norm"),
+    [*((name, norms[0]) for name, norms in MINIMUM_NORM.items()), ("fmn", "l1"), ("fgsm", "l0"), ("pgd", "l0")],
+)
+def test_attacks_that_never_stop_early_cost_what_is_said(attack: str, norm: str) -> None:
+    for given in ({}, {"steps": 5, "restarts": 3}):
+        recipe = read([{attack: given if attack != "fgsm" else {}}], norm)
+        (use,) = recipe.evaluate.attacks
+        assert counted(use, norm, 1) == cost.one_attack_passes(use, parameter, facts_of(recipe))
 
 
 def passes(run: Callable[[nn.Module], object], images: int) -> float:

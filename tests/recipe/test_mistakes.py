@@ -153,6 +153,26 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "torchattacks.PGD works under linf; the threat is l2",
         "torchattacks.PGDL2",
     ),
+    "a minimum-norm attack of another norm": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, ddn: {steps: 5}]"),
+        "14:19",
+        "ddn works under l2; the threat is linf",
+        "use fmn",
+    ),
+    "an attack that changes values bit by bit under l0": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, cascade]")
+        .replace("[n_fgsm]", "[dropout]")
+        .replace("{norm: linf, eps: 0.1}", "{norm: l0, eps: 3}"),
+        "14:19",
+        "cascade works under linf or l2 or l1; the threat is l0",
+        "use sigma_zero",
+    ),
+    "half a value": (
+        change("[n_fgsm]", "[dropout]").replace("{norm: linf, eps: 0.1}", "{norm: l0, eps: 0.1}"),
+        "4:25",
+        "eps of l0 is how many values may change",
+        "a whole number",
+    ),
     "a defense of another norm": (
         change("linf", "l2").replace("    compress", "    train: {}\n    compress"),
         "9:16",

@@ -16,7 +16,6 @@ from robustkit.attacks.threat import Norm, Threat, checked_norm
 from robustkit.params import PositiveInt
 
 GAMMA = 0.05
-FIRST_NORM = 1.0
 FIRST_STEP, LAST_STEP = 1.0, 0.01
 
 
@@ -26,9 +25,10 @@ def ddn(
     """Return (images, distances): the closest images in l2 to x (N, ...), their direction and length sought apart.
 
     y (N,). Each step turns the change up the gradient of the margin, and sets its length 5 % shorter where it fools the
-    model, else 5 % longer (Rony et al. 2019, algorithm 1; the margin in place of the cross-entropy, whose gradient
-    vanishes on sure models). A restart costs steps + 21 forwards and steps + 1 + min(9, classes - 1) backwards an
-    example, the last stretch (`polish`) among them.
+    model, else 5 % longer (Rony et al. 2019, algorithm 1; with the margin in place of the cross-entropy, whose gradient
+    vanishes on sure models, and the first length where the boundary is to first order). A restart
+    costs steps + 21 forwards and steps + 1 + min(9, classes - 1) backwards an example, the last stretch (`polish`)
+    among them.
 
     Raises:
         AttackError: the model's output has no gradient.
@@ -37,9 +37,13 @@ def ddn(
 
 
 def _search(found: Closest, images: Tensor, *, steps: int) -> None:
-    length = torch.where(torch.isinf(found.shortest), FIRST_NORM, found.shortest)
+    length = found.shortest
     for step in range(steps):
         reached, gradient = found.gradient(images)
+        if step == 0:
+            # The boundary to first order: a fixed length may lead through a class and out of it again.
+            there = -reached / torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+            length = torch.where(torch.isinf(length), there, length)
         length = torch.where(reached > 0, length * (1 - GAMMA), length * (1 + GAMMA)).clamp(max=found.largest)
         change = images - found.x + falling(FIRST_STEP, LAST_STEP, step, steps) * l2_direction(gradient)
         images = (found.x + found.wide(length) * l2_direction(change)).clamp(0, 1)

@@ -20,8 +20,11 @@ from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Threat
 from robustkit.attacks.torchattacks_cost import RULES
 from robustkit.attacks.torchattacks_table import PROFILES
+from robustkit.data.corruptions import CORRUPTIONS
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.certified import certified_outcome
 from robustkit.evaluation.checks import EXAMPLES, preflight, probes
+from robustkit.evaluation.corrupted import corruption_outcome
 from robustkit.evaluation.curve import security_curve
 from robustkit.recipe import cost
 from robustkit.recipe.facts import facts_of
@@ -101,7 +104,7 @@ def read(attacks: list[Any], norm: str = "linf", **evaluation: Any) -> Recipe:
 def parameter(kind: str, use: Use, name: str) -> object:
     if name in use.parameters:
         return use.parameters[name]
-    known = registry.parameters(registry.find("attack", use.name))
+    known = registry.parameters(registry.find("certificate" if kind == "certificate" else "attack", use.name))
     return next((one.default for one in known if one.name == name), None)
 
 
@@ -195,6 +198,36 @@ def test_the_checks_are_counted(images: int) -> None:
     said = cost.attack_passes(read([], examples=images), parameter) - 1
     assert found <= said <= found + 12
     assert cost.attack_passes(read([]), parameter) == pytest.approx(1 + cost.CHECKS * 64 / 450)
+
+
+def test_the_corruptions_are_counted() -> None:
+    x, y = torch.rand(IMAGES, 1, 8, 8), torch.zeros(IMAGES, dtype=torch.int64)
+    found = passes(lambda model: corruption_outcome(model, x, y, tuple(CORRUPTIONS), batch_size=1, device=CPU), IMAGES)
+    plain, corrupted = (cost.attack_passes(read([], corruptions=on), parameter) for on in (False, True))
+    assert found == corrupted - plain == cost.CORRUPTED
+
+
+@pytest.mark.parametrize("use", ["interval", "randomized_smoothing", {"randomized_smoothing": {"n": 7, "n0": 3}}])
+def test_the_certificates_are_counted(use: Any) -> None:
+    x, y = torch.rand(IMAGES, 1, 8, 8), torch.zeros(IMAGES, dtype=torch.int64)
+    recipe = read([], certify=[use])
+    (known,) = recipe.evaluate.certify
+    certificate = registry.create(registry.find("certificate", known.name), known.parameters)
+
+    def run(model: nn.Module) -> None:
+        # A model that counts cannot be traced: what it holds is.
+        judged = model.model if known.name == "interval" else model
+        outcome = certified_outcome(
+            judged, x, y, certificate, Threat("linf", 0.1), seed=0, label="c", batch_size=IMAGES, device=CPU
+        )
+        told.append(outcome.forwards)
+
+    told: list[int] = []
+    counted_passes = passes(run, IMAGES)
+    said = cost.attack_passes(recipe, parameter) - cost.attack_passes(read([]), parameter)
+    assert said == pytest.approx(told[0] / IMAGES)
+    if known.name != "interval":
+        assert counted_passes == pytest.approx(said)
 
 
 def test_what_is_not_known_of_the_data_is_taken_to_be_large() -> None:

@@ -93,6 +93,13 @@ class Display:
     def _on_guard(self, values: Mapping[str, Any]) -> None:
         self._line(f"  {self._name(values):28} guard: {values.get('message', '')}", style="yellow")
 
+    def _on_estimate(self, values: Mapping[str, Any]) -> None:
+        self._line(
+            f"  {self._name(values):28} {self._doing}: at most {values['passes']:,.0f} passes an example, "
+            f"{_clock(values['seconds'])} if none is fooled (AutoAttack: {values['autoattack_passes']:,.0f}, "
+            f"{_clock(values['autoattack_seconds'])})"
+        )
+
     def _on_data(self, values: Mapping[str, Any]) -> None:
         self._line(f"  {self._name(values):28} data: {values.get('message', '')}")
 

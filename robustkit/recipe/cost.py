@@ -4,7 +4,9 @@ a backward with weight gradients 2."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
+from robustkit import registry
 from robustkit.attacks.torchattacks_cost import torchattacks_passes
 from robustkit.recipe.facts import Facts, facts_of
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
@@ -27,6 +29,18 @@ CHECKED = 64
 """How many images the sanity checks look at."""
 Parameter = Callable[[str, Use, str], object]
 """(kind, use, parameter) -> its value in the recipe, else its default, else None."""
+
+
+def parameter_of(recipe: Recipe) -> Parameter:
+    """Return what looks up a parameter of a use in this recipe, else the plugin's default."""
+
+    def parameter(kind: str, use: Use, name: str) -> object:
+        if name in use.parameters:
+            return use.parameters[name]
+        entry = registry.find(cast(registry.Kind, kind), use.name, folder=recipe.folder, plugins=recipe.plugins)
+        return next((one.default for one in registry.parameters(entry) if one.name == name), None)
+
+    return parameter
 
 
 def training_passes(variant: VariantSpec, parameter: Parameter) -> float:
@@ -60,7 +74,7 @@ def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
     beside = sum(certificate_passes(use, parameter) for use in recipe.evaluate.certify)
     beside += CORRUPTED if recipe.evaluate.corruptions else 0.0
     share = min(recipe.evaluate.audit, facts.test) / facts.test
-    beside += share * _autoattack("standard", 100.0, 5000.0, facts.classes)
+    beside += share * autoattack_passes(facts.classes)
     return 1.0 + attacks + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
 
 
@@ -97,13 +111,17 @@ def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
         polish = 3.0 * facts.values.bit_length() + 3.0 if use.name == "sigma_zero" else 21.0
         return value("restarts") * (2.0 * value("steps") + polish + min(9, facts.classes - 1) + 1.0) + 1.0
     if use.name == "autoattack":
-        return _autoattack(str(parameter("attack", use, "version")), value("steps"), value("n_queries"), facts.classes)
+        version = str(parameter("attack", use, "version"))
+        return autoattack_passes(facts.classes, version, value("steps"), value("n_queries"))
     steps = next((found for name in STEP_NAMES if (found := value(name))), 1.0)
     return _pgd(steps, value("restarts") or 1.0)
 
 
-def _autoattack(version: str, steps: float, queries: float, classes: int) -> float:
-    """Standard: also of l1, whose five restarts with larger balls cost less than nine targets and these."""
+def autoattack_passes(classes: int, version: str = "standard", steps: float = 100.0, queries: float = 5000.0) -> float:
+    """Return the passes of AutoAttack over an image that withstands it.
+
+    Standard: also of l1, whose five restarts with larger balls cost less than nine targets and these.
+    """
     climb = 2.0 * (steps + 1.0)
     if version == "rand":
         return 2.0 * (20.0 * climb + 2.0) + 1.0

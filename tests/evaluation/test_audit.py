@@ -173,13 +173,20 @@ evaluate: {examples: 40, attacks: [cascade: {budget: quick}], audit: 2, latency:
 """
 
 
-def test_a_run_audits_and_tries_the_parents_images_on_its_children(tmp_path: Path) -> None:
+def test_a_run_audits_and_tries_the_parents_images_on_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustkit.steps.evaluate.LONG", 0.0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     results = robustkit.run(recipe, runs=tmp_path)
     rows = {row.name: row for row in results.variants}
     assert all(row.audit is not None and row.audit.examined <= 2 for row in rows.values())
     assert any("audit: AutoAttack breaks" in note for note in rows["baseline"].notes)
+    events = [json.loads(line) for line in (tmp_path / "recipe" / "events.jsonl").read_text().splitlines()]
+    estimates = [event for event in events if event["event"] == "estimate"]
+    # 7,856 forwards, 1,910 backwards and one look: what an example costs that withstands AutoAttack.
+    assert [event["autoattack_passes"] for event in estimates] == [pytest.approx(9767, abs=10)] * 2
     written = json.loads((tmp_path / "recipe" / "results.json").read_text())
     assert written["variants"][0]["audit"]["n"] == 40
     fooling = list((tmp_path / "recipe").glob("steps/*/fooling.npz"))

@@ -106,10 +106,11 @@ def _print(recipe: Recipe, rows: list[dict[str, Any]], console: Console, data: D
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     train = sum(row["training_passes"] for row in rows) * len(recipe.seeds)
     attack = sum(row["attack_passes"] for row in rows) * len(recipe.seeds)
+    audited = autoattack_passes(facts_of(recipe).classes, recipe.threat.norm) * len(rows) * len(recipe.seeds)
     console.print(
         f"cost: training {train:,.0f} passes over each training image, "
         f"evaluation at most {attack:,.0f} over each test image "
-        f"(AutoAttack alone: {autoattack_passes(facts_of(recipe).classes) * len(rows) * len(recipe.seeds):,.0f})",
+        f"(AutoAttack alone: {audited:,.0f})",
         highlight=False,
         markup=False,
     )

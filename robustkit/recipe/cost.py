@@ -69,12 +69,12 @@ def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
     a user's own is taken to cost a forward and a backward a step, a certificate of a user's own a forward.
     """
     facts = facts_of(recipe)
-    attacks = sum(one_attack_passes(use, parameter, facts) for use in recipe.evaluate.attacks)
+    attacks = sum(one_attack_passes(use, parameter, facts, recipe.threat.norm) for use in recipe.evaluate.attacks)
     budgets = set(recipe.evaluate.eps_curve) - {0.0}
     beside = sum(certificate_passes(use, parameter) for use in recipe.evaluate.certify)
     beside += CORRUPTED if recipe.evaluate.corruptions else 0.0
     share = min(recipe.evaluate.audit, facts.test) / facts.test
-    beside += share * autoattack_passes(facts.classes)
+    beside += share * autoattack_passes(facts.classes, recipe.threat.norm)
     return 1.0 + attacks + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
 
 
@@ -86,7 +86,7 @@ def certificate_passes(use: Use, parameter: Parameter) -> float:
     return sum(draws) or 1.0
 
 
-def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
+def one_attack_passes(use: Use, parameter: Parameter, facts: Facts, norm: str = "linf") -> float:
     """Return an upper bound of the passes of one attack over an image, the look at its result among them."""
 
     def value(name: str) -> float:
@@ -112,16 +112,15 @@ def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
         return value("restarts") * (2.0 * value("steps") + polish + min(9, facts.classes - 1) + 1.0) + 1.0
     if use.name == "autoattack":
         version = str(parameter("attack", use, "version"))
-        return autoattack_passes(facts.classes, version, value("steps"), value("n_queries"))
+        return autoattack_passes(facts.classes, norm, version, value("steps"), value("n_queries"))
     steps = next((found for name in STEP_NAMES if (found := value(name))), 1.0)
     return _pgd(steps, value("restarts") or 1.0)
 
 
-def autoattack_passes(classes: int, version: str = "standard", steps: float = 100.0, queries: float = 5000.0) -> float:
-    """Return the passes of AutoAttack over an image that withstands it.
-
-    Standard: also of l1, whose five restarts with larger balls cost less than nine targets and these.
-    """
+def autoattack_passes(
+    classes: int, norm: str, version: str = "standard", steps: float = 100.0, queries: float = 5000.0
+) -> float:
+    """Return the passes of AutoAttack over an image that withstands it; under l1 it starts five times."""
     climb = 2.0 * (steps + 1.0)
     if version == "rand":
         return 2.0 * (20.0 * climb + 2.0) + 1.0
@@ -129,7 +128,7 @@ def autoattack_passes(classes: int, version: str = "standard", steps: float = 10
     aimed = targets * (1.0 + climb) + targets * (3.0 + 3.0 * steps) + 2.0
     searched = queries + 4.0
     plus = 5.0 * (climb + 1.0) + 5.0 * (2.0 + steps * (1.0 + classes)) if version == "plus" else 0.0
-    return 5.0 * (climb + 3.0) + 2.0 + aimed + searched + plus + 1.0
+    return (5.0 if norm == "l1" else 1.0) * (climb + 3.0) + 2.0 + aimed + searched + plus + 1.0
 
 
 def _pgd(steps: float, restarts: float) -> float:

@@ -103,8 +103,9 @@ def attack_step(bench: Workbench, step: Step) -> None:
 def _estimate(bench: Workbench, use: Use, clean: Outcome) -> None:
     """Say what an attack costs at most before it starts, where that may be long."""
     classes = len(bench.any_dataset().classes)
+    norm = bench.recipe.threat.norm
     facts = replace(facts_of(bench.recipe), classes=classes)
-    passes = one_attack_passes(use, parameter_of(bench.recipe), facts)
+    passes = one_attack_passes(use, parameter_of(bench.recipe), facts, norm)
     each = clean.seconds / max(1, clean.forwards)
     images = int(clean.correct.sum())
     if passes * each * images >= LONG:
@@ -113,8 +114,8 @@ def _estimate(bench: Workbench, use: Use, clean: Outcome) -> None:
             {
                 "passes": passes,
                 "seconds": passes * each * images,
-                "autoattack_passes": autoattack_passes(classes),
-                "autoattack_seconds": autoattack_passes(classes) * each * images,
+                "autoattack_passes": autoattack_passes(classes, norm),
+                "autoattack_seconds": autoattack_passes(classes, norm) * each * images,
             },
         )
 

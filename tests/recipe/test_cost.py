@@ -205,7 +205,7 @@ def test_the_corruptions_are_counted() -> None:
     found = passes(lambda model: corruption_outcome(model, x, y, tuple(CORRUPTIONS), batch_size=1, device=CPU), IMAGES)
     plain, corrupted = (cost.attack_passes(read([], corruptions=on), parameter) for on in (False, True))
     assert found == cost.CORRUPTED
-        assert corrupted - plain == pytest.approx(cost.CORRUPTED)
+    assert corrupted - plain == pytest.approx(cost.CORRUPTED)
 
 
 @pytest.mark.parametrize("use", ["interval", "randomized_smoothing", {"randomized_smoothing": {"n": 7, "n0": 3}}])

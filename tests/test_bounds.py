@@ -196,8 +196,7 @@ def test_a_certificate_that_fails_takes_no_other_figure_with_it(tmp_path: Path) 
         "    def __init__(self, shape, classes):\n        super().__init__(nn.Flatten(), nn.LayerNorm(64), "
         "nn.Linear(64, classes))\n"
     )
-    path = write(tmp_path, SMALL.replace("{small_cnn: {widths: [4, 8]}}", "'net.py:Net'").replace("gates:", "x: ")
-                 .partition("\nx: ")[0] + "\n")  # fmt: skip
+    path = write(tmp_path, SMALL.replace("{small_cnn: {widths: [4, 8]}}", "'net.py:Net'"))
     assert cli(["run", str(path), "--runs", str(tmp_path), "--quiet", "--trust-plugins"]) == 1
     found = robustkit.read_results(tmp_path / "small" / "results.json")
     assert [(one.variant, one.step) for one in found.failures] == [
@@ -206,6 +205,7 @@ def test_a_certificate_that_fails_takes_no_other_figure_with_it(tmp_path: Path) 
     assert "layer 1 is LayerNorm" in found.failures[0].message
     assert [set(row.certified) for row in found.variants] == [{"smooth"}, {"smooth"}]
     assert all(row.corruptions for row in found.variants)
+    assert [(gate.verdict.split()[0], gate.left < 0) for gate in found.gates] == [("fails", True), ("holds", False)]
 
 
 def test_check_shows_and_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

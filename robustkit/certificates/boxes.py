@@ -34,6 +34,16 @@ class Box:
         """Half of the box's width, from 0."""
         return (self.upper - self.lower) / 2
 
+    def copied(self) -> Box:
+        """Return the same box in memory of its own, for functions that write into what they are given."""
+        return Box(self.lower.clone(), self.upper.clone())
+
+    def become(self, other: Box) -> Box:
+        """Take over the bounds of another box, so that all who hold this one have them, and return it."""
+        self.lower.copy_(other.lower)
+        self.upper.copy_(other.upper)
+        return self
+
     def monotone(self, function: Map) -> Box:
         """Return the image under a function that never falls in any entry: exact."""
         return Box(function(self.lower), function(self.upper))
@@ -45,7 +55,8 @@ class Box:
 
     def dip(self, function: Map, lowest: float) -> Box:
         """Return the image under a function of each entry that falls up to `lowest` and rises from there: exact."""
-        low, high = function(self.lower), function(self.upper)
+        ends = self.copied()
+        low, high = function(ends.lower), function(ends.upper)
         floor = function(torch.full((), lowest, dtype=self.lower.dtype, device=self.lower.device))
         inside = (self.lower <= lowest) & (self.upper >= lowest)
         return Box(torch.where(inside, floor, torch.minimum(low, high)), torch.maximum(low, high))
@@ -118,11 +129,17 @@ DIPS: Mapping[type[nn.Module], str] = {
 
 
 def through_layer(layer: nn.Module, box: Box) -> Box:
-    """Return bounds of a layer in eval mode: exact for each entry by itself.
+    """Return bounds of a layer in eval mode: exact for each entry by itself. A layer that works in place changes `box`.
 
     Raises:
         NoBounds: the layer is not one of those whose bounds are known.
     """
+    if getattr(layer, "inplace", False) is True:
+        return box.become(_through_layer(layer, box.copied()))
+    return _through_layer(layer, box)
+
+
+def _through_layer(layer: nn.Module, box: Box) -> Box:
     if isinstance(layer, nn.Linear) and _is(layer, nn.Linear):
         weight, bias = layer.weight.to(box.lower.dtype), _to(layer.bias, box)
         functional = nn.functional.linear

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ RISING = frozenset({
     "transpose", "squeeze", "unsqueeze", "expand", "contiguous", "clone", "getitem", "pad",
 })  # fmt: skip
 """Functions and methods that never fall in any entry of their first argument, whatever their constants are."""
+LINEAR = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+PARTS = frozenset({"chunk", "split", "unbind"})
 SHAPES = frozenset({"size", "dim", "numel", "ndimension"})
 SAME = frozenset({"float", "double", "detach"})
 """Methods after which the values are what they were."""
-IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_"})
+IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_", "relu_"})
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -85,7 +87,7 @@ class _Propagation(fx.Interpreter):
             return self._bounds(n, args, kwargs)
         except NoBounds as error:
             raise ModelError(_unknown(n, str(error))) from error
-        except (TypeError, RuntimeError, AttributeError, AssertionError) as error:
+        except (TypeError, RuntimeError, AttributeError, AssertionError, LookupError) as error:
             raise ModelError(_unknown(n, f"{_name(n)}, called in a way that is not known ({error})")) from error
 
     def _layer(self, n: fx.Node) -> Any:  # noqa: ANN401
@@ -110,23 +112,48 @@ def _through_function(name: str, call: Callable[..., Any], args: tuple[Any, ...]
         return args[0]
     if name == "dropout" and kwargs.get("training", args[2] if len(args) > 2 else True) is False:
         return args[0]
+    if name == "getitem" and isinstance(args[0], tuple | list):
+        return args[0][args[1]]
+    if name in ("cat", "concat", "stack"):
+        return _joined(call, args, kwargs)
+    if (name in IN_PLACE or kwargs.get("inplace") is True) and isinstance(args[0], Box):
+        # Whoever holds the box that is changed in place gets the changed one, as in the model.
+        return args[0].become(_computed(name, call, (args[0].copied(), *args[1:]), kwargs))
+    if name in PARTS and _alone(args, kwargs):
+        return tuple(map(Box, *(call(side, *args[1:], **kwargs) for side in (args[0].lower, args[0].upper))))
+    return _computed(name, call, args, kwargs)
+
+
+def _alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether the first argument is a box, and the only one."""
+    return isinstance(args[0], Box) and not any(map(_is_box, _flat((args[1:], kwargs))))
+
+
+def _computed(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Box:
+    """Return bounds of a function of one box and constants, or of arithmetic on two sides."""
+    if not _alone(args, kwargs) or name not in (*LOWEST, *RISING, *LINEAR):
+        if kwargs or len(args) not in (1, 2):
+            raise NoBounds(f"the function {name}")
+        return _arithmetic(name.strip("_"), args)
+    box: Box = args[0]
     if name in LOWEST:
         kinds = {"none": name, "tanh": f"{name} tanh"}
         lowest = LOWEST[kinds[str(kwargs.get("approximate", "none"))]]
-        return args[0].dip(lambda x: call(x, *args[1:], **kwargs), lowest)
-    if name in ("cat", "concat", "stack"):
-        return _joined(call, args, kwargs)
-    if name in RISING and isinstance(args[0], Box) and not any(map(_is_box, _flat((args[1:], kwargs)))):
-        return args[0].monotone(lambda x: call(x, *args[1:], **kwargs))
-    if kwargs or len(args) not in (1, 2):
-        raise NoBounds(f"the function {name}")
-    found = _arithmetic(name.strip("_"), args)
-    if name in IN_PLACE and isinstance(args[0], Box):
-        # Whoever holds the box that was changed in place gets the changed one, as in the model.
-        args[0].lower.copy_(found.lower)
-        args[0].upper.copy_(found.upper)
-        return args[0]
-    return found
+        return box.dip(lambda x: call(x, *args[1:], **kwargs), lowest)
+    if name in RISING:
+        return box.monotone(lambda x: call(x, *args[1:], **kwargs))
+    return _linear(call, box, args[1:], kwargs)
+
+
+def _linear(call: Callable[..., Any], box: Box, given: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Box:
+    """Return bounds of a linear function of a box, a weight and perhaps a bias, by position or by name."""
+    named = {**dict(zip(("weight", "bias"), given, strict=False)), **kwargs}
+    weight, bias = named.pop("weight").to(box.lower.dtype), named.pop("bias", None)
+    bias = None if bias is None else bias.to(box.lower.dtype)
+    rest = given[2:]
+    return box.affine(
+        lambda x: call(x, weight, bias, *rest, **named), lambda x: call(x, weight.abs(), None, *rest, **named)
+    )
 
 
 def _arithmetic(name: str, args: tuple[Any, ...]) -> Box:
@@ -170,7 +197,8 @@ def _head(graph: fx.GraphModule) -> tuple[fx.Node | None, frozenset[fx.Node]]:
         if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
             return node, frozenset(behind)
         unchanged = node.op == "call_method" and node.target in (*SAME, "contiguous")
-        if not (unchanged or isinstance(layer, nn.Identity | nn.Dropout)):
+        idle = isinstance(layer, nn.Identity) or (isinstance(layer, nn.Dropout) and not layer.training)
+        if not (unchanged or idle):
             break
         behind.append(node)
         node = node.args[0]

@@ -202,6 +202,45 @@ def test_functions_and_arithmetic(seed: int) -> None:
     assert bool((interval_margins(model, x, y, Threat("linf", 0.0)) >= real_margins(model, x, y).double() - 1e-3).all())
 
 
+class InPlace(nn.Module):
+    """Layers and functions that write into their input, which is used again after them."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(20, 3)
+        self.weight = nn.Parameter(torch.randn(4, 8))
+        self.acts = nn.ModuleList([nn.SiLU(inplace), nn.Hardswish(inplace), nn.Mish(inplace)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = y
+        for act in self.acts:
+            z = act(z)
+        y = y if self.inplace else z
+        one, two = functional.linear(y, self.weight).chunk(2, dim=1)
+        one = one.clone()
+        three = functional.relu(one, inplace=self.inplace)
+        one = one if self.inplace else three
+        logits: Tensor = self.head(torch.cat([y, z, one, two], dim=1))
+        return logits
+
+
+def test_what_is_changed_in_place_is_changed_for_all_who_hold_it() -> None:
+    torch.manual_seed(0)
+    plain, inplace = InPlace(False).eval(), InPlace(True).eval()
+    with torch.no_grad():
+        plain.first.weight.mul_(8)  # so that boxes lie around the dips
+    inplace.load_state_dict(plain.state_dict())
+    x, y = torch.rand(5, 6), torch.randint(3, (5,))
+    assert torch.allclose(plain(x), inplace(x))
+    bounds = [interval_margins(model, x, y, Threat("linf", 0.1)) for model in (plain, inplace)]
+    assert torch.equal(*bounds)
+    for _ in range(100):
+        point = (x + 0.1 * torch.where(torch.rand_like(x) < 0.5, -1.0, 1.0)).clamp(0, 1)
+        assert (real_margins(plain, point, y).double() >= bounds[0] - 1e-5).all()
+
+
 def test_merging_the_last_layer_is_tighter_than_bounds_of_the_logits() -> None:
     torch.manual_seed(0)
     net = moved(SmallCnn((1, 8, 8), 4, [3, 4]))

@@ -252,7 +252,8 @@ def test_a_recipe_is_read_and_its_cost_told_without_torch() -> None:
         "from robustkit.recipe.cost import attack_passes\n"
         "from robustkit.recipe.schema import parse_recipe\n"
         "recipe = parse_recipe('{data: digits, model: {torchvision.vit_b_16: {image_size: 32}}, variants: {a: },'\n"
-        "    'evaluate: {attacks: [torchattacks.VANILA, noise]}}')\n"
+        "    'evaluate: {attacks: [torchattacks.VANILA, noise], certify: [interval, randomized_smoothing], '\n"
+        "    'corruptions: true}}')\n"
         "attack_passes(recipe, lambda *_: 1)\n"
         "assert not {'torch', 'torchvision', 'torchattacks'} & set(sys.modules)"
     )

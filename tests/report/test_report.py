@@ -368,7 +368,7 @@ def test_a_broken_gallery_is_named_and_the_rest_is_written(run: Path) -> None:
 
 
 def test_later_keys_are_kept_and_do_no_harm(run: Path) -> None:
-    spoil(lambda found: found.update(later=1) or found["variants"][0].update(corruptions={"fog": 0.5}))(  # type: ignore[index,func-returns-value]
+    spoil(lambda found: found.update(later=1) or found["variants"][0].update(calibration={"ece": 0.5}))(  # type: ignore[index,func-returns-value]
         run / "results.json"
     )
     (run / "report.html").unlink(missing_ok=True)
@@ -377,7 +377,7 @@ def test_later_keys_are_kept_and_do_no_harm(run: Path) -> None:
     found = read_results(run / "results.json")
     write_results(found, run / "again.json")
     again = json.loads((run / "again.json").read_text())
-    assert (again["later"], again["variants"][0]["corruptions"]) == (1, {"fog": 0.5})
+    assert (again["later"], again["variants"][0]["calibration"]) == (1, {"ece": 0.5})
 
 
 def test_no_torch_is_imported(run: Path) -> None:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from robustkit.errors import RecipeError as RecipeError
     from robustkit.errors import RobustkitError as RobustkitError
     from robustkit.evaluation.api import evaluate as evaluate
+    from robustkit.evaluation.certified import certify as certify
+    from robustkit.evaluation.corrupted import corrupted_accuracy as corrupted_accuracy
     from robustkit.evaluation.diagnose import diagnose as diagnose
+    from robustkit.evaluation.minimum import minimum_distances as minimum_distances
     from robustkit.models.artefact import load_model as load  # noqa: F401
     from robustkit.recipe.schema import load_recipe as load_recipe
     from robustkit.registry import register as register
@@ -39,10 +42,13 @@ _PUBLIC = {
     "Split": "robustkit.data.split:Split",
     "Step": "robustkit.train.hooks:Step",
     "Threat": "robustkit.attacks.threat:Threat",
+    "certify": "robustkit.evaluation.certified:certify",
+    "corrupted_accuracy": "robustkit.evaluation.corrupted:corrupted_accuracy",
     "diagnose": "robustkit.evaluation.diagnose:diagnose",
     "evaluate": "robustkit.evaluation.api:evaluate",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",
+    "minimum_distances": "robustkit.evaluation.minimum:minimum_distances",
     "read_results": "robustkit.results:read_results",
     "register": "robustkit.registry:register",
     "run": "robustkit.api:run",

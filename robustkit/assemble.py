@@ -10,19 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags, subset_flags
+from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags, subset_flags
+from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
-from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided
+from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
+from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
-from robustkit.results import Curve, Flag, Paired, Rate, Results, VariantResult
+from robustkit.results import Audit, CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
 from robustkit.store import Store, write_npz
 
 Bools = NDArray[np.bool_]
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"
+CERTIFIED = "certified.npz"
 Identity = tuple[str, int]
 
 
@@ -36,8 +39,14 @@ class Evaluated:
     """Records by kind of step (fit, measure, clean, curve, checks)."""
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Records by the attack's label."""
+    certified: dict[str, CertifiedRate] = field(default_factory=dict)
+    """By the certificate's label."""
+    proven: dict[str, Bools] = field(default_factory=dict)
+    """Which examples are certified, by the certificate's label."""
     correct: dict[str, Bools] = field(default_factory=dict)
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
+    distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Per-example distances of the minimum-norm attacks, by label."""
     labels: NDArray[np.int64] | None = None
 
     def rates(self) -> dict[str, Rate]:
@@ -68,7 +77,7 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
     rows = [_row(plan, store, one, evaluated, latency, classes, failed) for one in evaluated.values()]
     results = Results(
         name=recipe.name,
-        threat={"norm": recipe.threat.norm, "eps": recipe.threat.eps},
+        threat=_threat(recipe),
         classes=classes,
         variants=rows,
         failures=failures_of(plan, failed),
@@ -77,6 +86,12 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
     results = mark_pareto(results)
     gates = [parse_gate(gate.text, gate.confident) for gate in recipe.gates]
     return with_gates(results, gates, _lookup(evaluated))
+
+
+def _threat(recipe: Recipe) -> dict[str, Any]:
+    """Return what the attacks had; results with another one are not compared."""
+    found: dict[str, Any] = {"norm": recipe.threat.norm, "eps": recipe.threat.eps}
+    return found | ({"quantize_input": True} if recipe.evaluate.quantize_input else {})
 
 
 def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Results:
@@ -96,7 +111,7 @@ def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Res
 def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
     def correct(variant: str, seed: int, metric: str) -> Bools | None:
         found = evaluated.get((variant, seed))
-        return found.correct.get(metric) if found else None
+        return (found.correct | found.proven).get(metric) if found else None
 
     return correct
 
@@ -109,7 +124,14 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
             continue
         if step.kind == "attack" and step.use is not None:
             found.attacks[step.use.label] = record
-            found.correct[step.use.label] = _arrays(store, step)["correct"]
+            arrays = _arrays(store, step)
+            found.correct[step.use.label] = arrays["correct"]
+            if "minimal_distance" in arrays:
+                found.distances[step.use.label] = arrays["minimal_distance"]
+        elif step.kind == "certify" and step.use is not None:
+            proven = store.read_arrays(step.key, CERTIFIED)["certified"]
+            found.proven[step.use.label] = proven
+            found.certified[step.use.label] = _certified(record, proven)
         else:
             found.records[step.kind] = record
         if step.kind == "clean":
@@ -121,6 +143,11 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
     order = {"clean": found.correct["clean"], **found.correct}
     found.correct = {**order, "worst": stats.worst_case(order.values())}
     return found
+
+
+def _certified(record: Mapping[str, Any], proven: Bools) -> CertifiedRate:
+    values = {name: record[name] for name in ("smoothed", "clean", "abstained", "radius", "forwards", "seconds")}
+    return CertifiedRate.model_validate({**rate_of(proven).model_dump(), **values})
 
 
 def _arrays(store: Store, step: Step) -> dict[str, NDArray[Any]]:
@@ -161,9 +188,16 @@ def _row(
         clean=rates["clean"],
         attacks={label: rates[label] for label in one.attacks},
         worst=rates["worst"],
+        certified=one.certified,
+        corruptions=_corruptions(one),
+        audit=_audit(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
         curves=curves,
+        distances={
+            label: MinimumDistances(plan.recipe.threat.norm, values).summary()
+            for label, values in one.distances.items()
+        },
         parameters=measure["parameters"],
         nonzero=measure["nonzero"],
         bytes=measure["bytes"],
@@ -177,10 +211,11 @@ def _row(
         best_epoch=fit.get("best_epoch"),
         flags=[
             *attack_flags(plan, one.variant, one.seed, one.attacks, failed),
+            *unsound_flags(plan, one.variant, one.seed, failed),
             *_flags(plan, one),
             *curve_flags(curves, len(classes)),
         ],
-        notes=[*fit.get("notes", []), *measure.get("notes", [])],
+        notes=[*fit.get("notes", []), *measure.get("notes", []), *_audited(one)],
         forwards=_total(one, "forwards"),
         backwards=_total(one, "backwards"),
         seconds=round(sum(float(record.get("seconds", 0)) for record in _outcomes(one)), 3),
@@ -232,6 +267,21 @@ def _curves(plan: Plan, one: Evaluated) -> list[Curve]:
     return curves
 
 
+def _audited(one: Evaluated) -> list[str]:
+    audit = _audit(one)
+    return [str(audit)] if audit is not None else []
+
+
+def _audit(one: Evaluated) -> Audit | None:
+    record = one.records.get("audit")
+    return Audit.model_validate({name: record[name] for name in Audit.model_fields}) if record else None
+
+
+def _corruptions(one: Evaluated) -> Corruptions | None:
+    record = one.records.get("corruptions")
+    return Corruptions(mean=record["mean"], by=record["by"]) if record else None
+
+
 def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags = [Flag.model_validate(flag) for flag in one.records["fit"].get("flags", [])]
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
@@ -243,8 +293,8 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags += same_attack_flags(training_of(plan.recipe, one.variant), plan.recipe.evaluate.attacks, default_of)
     kinds = {use.label: use.name for use in plan.recipe.evaluate.attacks}
     flags += compare_flags(one.correct, kinds)
-    bounded = {label: record for label, record in one.attacks.items() if not record.get("minimum_norm")}
-    flags += budget_flags({label: int(record.get("projected", 0)) for label, record in bounded.items()})
+    flags += audit_flags(_audit(one))
+    flags += budget_flags({label: int(record.get("projected", 0)) for label, record in one.attacks.items()})
     for label, record in one.attacks.items():
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in record["notes"]]
     return flags
@@ -253,6 +303,8 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
 def _write_arrays(store: Store, one: Evaluated) -> str:
     name = f"arrays/{one.variant}-seed{one.seed}.npz"
     arrays: dict[str, NDArray[Any]] = {f"correct/{key}": values for key, values in one.correct.items()}
+    arrays |= {f"distance/{label}": values for label, values in one.distances.items()}
+    arrays |= {f"certified/{key}": values for key, values in one.proven.items()}
     if one.labels is not None:
         arrays["labels"] = one.labels
     write_npz(store.folder / name, arrays)
@@ -275,7 +327,9 @@ def _write_gallery(plan: Plan, store: Store, one: Evaluated) -> str | None:
     rows = np.arange(len(truth))
     chosen = {name: np.stack([arrays[name] for arrays in found])[choice, rows] for name in found[0]}
     delta = (chosen["adversarial"] - chosen["clean"].astype(np.float32) / 255).reshape(len(truth), -1)
-    chosen["norm"] = np.linalg.norm(delta, ord={"linf": np.inf, "l2": 2, "l1": 1}[plan.recipe.threat.norm], axis=1)
+    chosen["norm"] = np.linalg.norm(
+        delta, ord={"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[plan.recipe.threat.norm], axis=1
+    )
     name = f"arrays/{one.variant}-seed{one.seed}-gallery.npz"
     write_npz(store.folder / name, chosen)
     return name

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["data", "model", "defense", "compressor", "attack", "optimizer", "schedule", "augmentation"]
+Kind = Literal[
+    "data", "model", "defense", "compressor", "attack", "certificate", "optimizer", "schedule", "augmentation"
+]
 KINDS: tuple[Kind, ...] = (
     "data",
     "model",
     "defense",
     "compressor",
     "attack",
+    "certificate",
     "optimizer",
     "schedule",
     "augmentation",
@@ -59,6 +62,14 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "square": "robustkit.attacks.square:Square",
         "cascade": "robustkit.attacks.cascade:Cascade",
         "autoattack": "robustkit.attacks.autoattack:AutoAttack",
+        "fmn": "robustkit.attacks.minimum_norm.fmn:Fmn",
+        "ddn": "robustkit.attacks.minimum_norm.ddn:Ddn",
+        "pdpgd": "robustkit.attacks.minimum_norm.pdpgd:Pdpgd",
+        "sigma_zero": "robustkit.attacks.minimum_norm.sigma_zero:SigmaZero",
+    },
+    "certificate": {
+        "interval": "robustkit.certificates.interval:Interval",
+        "randomized_smoothing": "robustkit.certificates.smoothing:RandomizedSmoothing",
     },
     "optimizer": {
         "sgd": "robustkit.train.optim:Sgd",
@@ -84,4 +95,5 @@ ENTRY_POINTS: dict[Kind, str] = {
     "defense": "robustkit.defenses",
     "compressor": "robustkit.compressors",
     "attack": "robustkit.attacks",
+    "certificate": "robustkit.certificates",
 }

@@ -46,6 +46,10 @@ class TrainingError(RobustkitError):
     """Training cannot go on; the message says what was tried."""
 
 
+class InternalError(RobustkitError):
+    """Two results contradict each other, so that one of them is wrong; the run stops, as no figure can be trusted."""
+
+
 class AttackError(RobustkitError):
     """An attack cannot run on this model or data; the message says why and what to use instead."""
 

@@ -39,6 +39,12 @@ def attack_flags(plan: Plan, variant: str, seed: int, present: Container[str], f
     return found
 
 
+def unsound_flags(plan: Plan, variant: str, seed: int, failed: Mapping[str, str]) -> list[Flag]:
+    """Return a *wrong* flag where an attack breaks what a certificate of the variant says cannot be broken."""
+    steps = [step for step in plan.of(variant, seed) if step.kind == "soundness" and step.key in failed]
+    return [Flag(id="unsound", severity="wrong", message=failed[step.key]) for step in steps]
+
+
 def latency_key(step: Step, failed: Container[str]) -> str:
     """Return the key that a latency step's measurement has: its own, unless models that it compares are missing."""
     there = sorted({key for key in step.parents if key not in failed})

@@ -60,6 +60,7 @@ def _eps_hint(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
 Integer = Annotated[int, BeforeValidator(_to_integer), Field(strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_fraction_hint)]
+OpenShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), BeforeValidator(_fraction_hint)]
 Eps = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_eps_hint)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_to_number)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_to_number)]

@@ -13,7 +13,7 @@ from typing import Any
 from robustkit import provenance, registry
 from robustkit.assemble import assemble
 from robustkit.data.fingerprint import fingerprint
-from robustkit.errors import RobustkitError, UsageError
+from robustkit.errors import InternalError, RobustkitError, UsageError
 from robustkit.recipe.plan import Plan, Step, make_plan
 from robustkit.recipe.spec import Recipe, Use
 from robustkit.results import Results, write_results
@@ -26,11 +26,15 @@ PLUGIN_KINDS: dict[str, registry.Kind] = {
     "defense": "defense",
     "compressor": "compressor",
     "attack": "attack",
+    "certificate": "certificate",
     "optimizer": "optimizer",
     "schedule": "schedule",
     "augmentation": "augmentation",
     "data": "data",
 }
+
+PARTIAL = ("latency", "soundness")
+"""Steps that do what they can with those of their parents that are there."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def user_code(recipe: Recipe) -> list[str]:
             uses += [("optimizer", variant.train.optimizer), ("schedule", variant.train.schedule)]
             uses += [("augmentation", use) for use in variant.train.augment]
     uses += [("attack", use) for use in recipe.evaluate.attacks]
+    uses += [("certificate", use) for use in recipe.evaluate.certify]
     named = {use.name for kind, use in uses if registry.runs_user_code(entry_of(kind, use, recipe))}
     return sorted(named | {str(path) for path in recipe.plugins})
 
@@ -122,7 +127,7 @@ def run(
     """Run a recipe into a folder and return what was found; `recipe_text` and `overrides` are what it was read from.
 
     Steps that are in the folder already are not run again. A variant that fails takes its descendants with it; the
-    others go on, and the report covers what is there.
+    others go on, and the report covers what is there. After an internal error nothing more is run.
 
     Raises:
         UsageError: another process holds the folder, or user code is not trusted.
@@ -207,7 +212,7 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
     bench = Workbench(plan, store, events)
     failures: list[Failure] = []
     for number, step in enumerate(todo, 1):
-        if step.kind != "latency" and bench.failed & set(step.parents):
+        if step.kind not in PARTIAL and bench.failed & set(step.parents):
             bench.failed.add(step.key)
             if step.kind == "fit":
                 parent = plan.recipe.variant(step.variant).parent
@@ -215,11 +220,12 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
             continue
         events.context = {"variant": step.variant, "seed": step.seed, "kind": step.kind, "key": step.key}
         events("start", {"number": number, "todo": len(todo), "description": step.description})
-        started = time.perf_counter()
+        started, stop = time.perf_counter(), False
         try:
             STEPS[step.kind](bench, step)
         except RobustkitError as error:
             failures.append(Failure(step, str(error)))
+            stop = isinstance(error, InternalError)
         except Exception as error:  # a user's plugin may raise anything; the trace goes into the events
             events("trace", {"trace": traceback.format_exc()})
             failures.append(Failure(step, _where(error)))
@@ -228,6 +234,10 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
             continue
         bench.failed.add(step.key)
         events("failed", {"message": failures[-1].message})
+        if stop:
+            rest = [one for one in todo[number:] if one.kind == "fit"]
+            failures += [Failure(one, "not made, because the run stopped at an internal error") for one in rest]
+            break
     events.context = {}
     return tuple(failures)
 

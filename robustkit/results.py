@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 SCHEMA = 1
 Severity = Literal["wrong", "doubt", "note"]
-NORMS = ("linf", "l2", "l1")
+NORMS = ("linf", "l2", "l1", "l0")
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -101,6 +101,71 @@ class Curve(Record):
         return self
 
 
+class Audit(Record):
+    """AutoAttack-standard on a random subset of what the attacks left: `broken` of `examined` fell.
+
+    `low`, `high`: exact 95 % bounds on how many of all `survivors` (of `n` examples) would.
+    """
+
+    n: Count
+    survivors: Count
+    examined: Count
+    broken: Count
+    low: Count
+    high: Count
+    forwards: Count
+    backwards: Count
+    seconds: Amount
+
+    def __str__(self) -> str:
+        least, most = (self.survivors - self.high) / max(1, self.n), (self.survivors - self.low) / max(1, self.n)
+        return (
+            f"audit: AutoAttack breaks {self.broken} of {self.examined} survivors; on all {self.survivors} robust "
+            f"accuracy would be {least:.1%} to {most:.1%}"
+        )
+
+
+class Distances(Record):
+    """How far away one minimum-norm attack found adversarial images: the whole security curve from one run."""
+
+    norm: Name
+    median: Amount | None
+    """The eps at which half of the examples are fooled; none where fewer were."""
+    found: Share
+    """Of the examples that are right without an attack."""
+    n: Count
+    eps: list[Amount]
+    accuracy: list[Share]
+    """At each eps: the share of the n examples whose distance is larger."""
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.eps) != len(self.accuracy):
+            raise ValueError(f"distances have {len(self.eps)} eps and {len(self.accuracy)} accuracies")
+        return self
+
+
+class CertifiedRate(Rate):
+    """Certified accuracy: a lower bound of robust accuracy within the threat, with its interval over examples."""
+
+    smoothed: bool = False
+    """Whether it is about the smoothed classifier, and not about the model that the attacks are on."""
+    clean: Rate | None = None
+    """Accuracy without an adversary of the classifier that is certified; abstaining is wrong."""
+    abstained: Count = 0
+    radius: Amount = 0.0
+    """Median over all examples of how far around each the label is certain, in the certificate's own norm."""
+    forwards: Count = 0
+    seconds: Amount = 0.0
+
+
+class Corruptions(Record):
+    """Accuracy under common corruptions: the mean of all, and severities 1 to 5 by corruption."""
+
+    mean: Rate
+    by: dict[Name, list[Share]] = Field(default_factory=dict)
+
+
 class Latency(Record):
     """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
 
@@ -151,11 +216,18 @@ class VariantResult(Record):
     clean: Rate
     attacks: dict[Name, Rate] = Field(default_factory=dict)
     worst: Rate
+    certified: dict[Name, CertifiedRate] = Field(default_factory=dict)
+    """By the certificate's label: a lower bound beside `worst`, which is an upper one."""
+    corruptions: Corruptions | None = None
+    audit: Audit | None = None
+    """With `evaluate.audit`: AutoAttack-standard on a random subset of what every attack left."""
     versus_parent: Paired | None = None
     """Worst-case accuracy against the parent's, paired."""
     per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)
     """{"clean": {class: accuracy}, "worst": {class: accuracy}}"""
     curves: list[Curve] = Field(default_factory=list)
+    distances: dict[Name, Distances] = Field(default_factory=dict)
+    """Of the minimum-norm attacks, by label."""
     parameters: Count
     nonzero: Count
     bytes: Count
@@ -177,7 +249,7 @@ class VariantResult(Record):
     pareto: bool = False
     arrays: Name | None = None
     """Path, relative to the run folder, of the npz with bool arrays `correct/<attack>`, `correct/clean`,
-    `correct/worst`, one entry a test example."""
+    `correct/worst` and float arrays `distance/<attack>` of minimum-norm attacks, one entry a test example."""
     gallery: Name | None = None
     """Path, relative to the run folder, of the npz with clean (N, C, H, W) uint8, adversarial float32, label,
     prediction_clean, prediction_adversarial, confidence_clean, confidence_adversarial, norm."""

@@ -38,6 +38,37 @@ def clopper_pearson(correct: int, n: int, confidence: float = CONFIDENCE) -> Rat
     return Rate(value=correct / n, low=low, high=high, n=n)
 
 
+def hypergeometric(hits: int, drawn: int, total: int, confidence: float = CONFIDENCE) -> tuple[int, int]:
+    """Return bounds on how many of `total` are hits when `drawn` of them, taken without replacement, have `hits`.
+
+    Exact: the numbers for which neither tail of the hypergeometric distribution is below (1 - confidence) / 2
+    (Buonaccorsi, The American Statistician 1987).
+    """
+    from scipy.stats import hypergeom
+
+    if not 0 <= hits <= drawn <= total:
+        raise ValueError(f"{hits} hits in {drawn} of {total} cannot be")
+    tail = (1 - confidence) / 2
+    numbers = np.arange(hits, total - (drawn - hits) + 1)
+    # P(X >= hits) grows with the number of hits there are, P(X <= hits) falls.
+    likely = (hypergeom.sf(hits - 1, total, numbers, drawn) > tail) & (
+        hypergeom.cdf(hits, total, numbers, drawn) > tail
+    )
+    found = numbers[likely]
+    return int(found.min()), int(found.max())
+
+
+def mean_of_shares(shares: NDArray[np.float64]) -> Rate:
+    """Return the mean of one share an example (N,), each in [0, 1], with a 95 % interval over examples.
+
+    A share that is neither 0 nor 1 varies less than a coin of its mean, so the exact interval of as many right examples
+    as the shares add up to is on the safe side; a part of an example counts against it on either end.
+    """
+    total, n = float(shares.sum()), int(shares.size)
+    low, high = clopper_pearson(math.floor(total + 1e-9), n), clopper_pearson(math.ceil(total - 1e-9), n)
+    return Rate(value=min(max(total / n, low.low), high.high) if n else 0.0, low=low.low, high=high.high, n=n)
+
+
 def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Paired:
     """Return the difference in accuracy, after minus before, on the same examples (N,).
 

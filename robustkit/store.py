@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -20,6 +22,7 @@ from robustkit.errors import RobustkitError, UsageError
 
 RECORD = "record.json"
 STATE = "state.pt"
+PARTIAL = "partial.npz"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -107,7 +110,8 @@ class Store:
         """Mark a step as done: its record is written last, with the digest of each of its files."""
         digests = {name: _digest(self.step(key) / name) for name in files}
         write_json(self.step(key) / RECORD, {**record, "files": digests})
-        (self.step(key) / STATE).unlink(missing_ok=True)
+        for name in (STATE, PARTIAL):
+            (self.step(key) / name).unlink(missing_ok=True)
 
     def discard(self, key: str) -> None:
         """Remove a step."""
@@ -119,8 +123,27 @@ class Store:
 
     def read_arrays(self, key: str, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """Read what write_arrays wrote."""
-        with np.load(self.step(key) / name, allow_pickle=False) as arrays:
+        # np.load of a path leaves the file open where the zip in it is broken.
+        with (self.step(key) / name).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {array: arrays[array] for array in arrays.files}
+
+
+class Partial:
+    """What a step that takes long has so far: arrays that a stopped run goes on from."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self._key = store, key
+
+    def load(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        """Return what was saved last, or None where there is nothing or it is broken."""
+        try:
+            return self._store.read_arrays(self._key, PARTIAL)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+            return None
+
+    def save(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Replace what was saved."""
+        self._store.write_arrays(self._key, PARTIAL, arrays)
 
 
 class EventLog:

@@ -95,6 +95,10 @@ class Workbench:
         """Say how far a step is."""
         self.events("step", {"step": done, "steps": total})
 
+    def attacked(self, done: int, total: int, robust: int) -> None:
+        """Say how far an attack is, and how many of the attacked examples withstand it."""
+        self.events("step", {"step": done, "steps": total, "robust": robust})
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; `auto` is CUDA where it is there, else the CPU.

@@ -46,7 +46,7 @@ def test_show_explains_one_plugin(name: str, capsys: pytest.CaptureFixture[str])
 
 def test_show_of_nothing_helps(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["show", "pdg"]) == 2
-    assert "did you mean 'pgd'" in capsys.readouterr().err
+    assert "'pgd'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,9 @@ def test_lines_of_a_run_that_is_piped() -> None:
         show("guard", {**step, "message": "went back"})
         show("done", {**step, "kind": "fit", "seconds": 3})
         show("start", {**step, "kind": "attack", "description": "square"})
-        show("step", {**step, "step": 1, "steps": 2})
+        cost = {"passes": 934.0, "seconds": 75.0, "autoattack_passes": 9767.0, "autoattack_seconds": 790.2}
+        show("estimate", {**step, **cost})
+        show("step", {**step, "step": 1, "steps": 2, "robust": 1})
         show("done", {**step, "kind": "attack", "seconds": 61})
         show("start", {**step, "kind": "curve", "description": "security curve"})
         show("failed", {**step, "message": "oh [dear]"})
@@ -168,6 +170,7 @@ def test_lines_of_a_run_that_is_piped() -> None:
         "robust epoch 1/3 loss 1.250 train 50.0% clean(val) 75.0% robust(val) 25.0% 1:02 left",
         "robust guard: went back",
         "robust made in 3.0 s",
+        "robust attack square: at most 934 passes an example, 1:15 if none is fooled (AutoAttack: 9,767, 13:10)",
         "robust attack square in 1:01",
         "robust failed: oh [dear]",
     ]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from robustkit.attacks.active import survivors
 from robustkit.attacks.draws import Stream
 from robustkit.attacks.losses import cross_entropy, dlr, margin
-from robustkit.attacks.projection import l2_norm, within
+from robustkit.attacks.projection import l2_direction, l2_norm, within
 from robustkit.attacks.search import input_gradient
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.threat import BALLS, Threat, checked_norm
 from robustkit.params import PositiveInt
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -85,6 +85,7 @@ def apgd(
     Raises:
         AttackError: the model's output has no gradient.
     """
+    checked_norm("apgd", threat, BALLS)
     x = x.detach()
     now = _Point(model, _random(x, threat, stream, index) if start is None else start, y, objective, index, eot)
     rule: _Halving | _Sparse = (_Sparse if threat.norm == "l1" else _Halving)(x, threat, now, steps)
@@ -144,7 +145,7 @@ class _Halving:
     def move(self, now: _Point, number: int) -> Tensor:
         """Return the next images."""
         momentum = MOMENTUM if number else 1.0
-        ascent = now.gradient.sign() if self.threat.norm == "linf" else now.gradient / l2_norm(now.gradient)
+        ascent = now.gradient.sign() if self.threat.norm == "linf" else l2_direction(now.gradient)
         there = _projected(self.x, now.images + self.size * ascent, self.threat)
         next_ = now.images + momentum * (there - now.images) + (1 - momentum) * (now.images - self.before)
         self.before = now.images

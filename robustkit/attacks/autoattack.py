@@ -21,7 +21,7 @@ from robustkit.attacks.fab import fab, random_near
 from robustkit.attacks.losses import cross_entropy, dlr, dlr_to, wrong_classes
 from robustkit.attacks.projection import within
 from robustkit.attacks.square import square
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.threat import BALLS, Threat, checked_norm
 from robustkit.params import PositiveInt
 
 Version = Literal["standard", "plus", "rand"]
@@ -200,6 +200,7 @@ def autoattack(
     Raises:
         AttackError: the model's output has no gradient.
     """
+    checked_norm("autoattack", threat, BALLS)
     audit = _Audit(model, x, y, threat, generator, steps, queries)
     for part in PARTS[version]:
         audit.run(part, _part(part, version, threat.norm))

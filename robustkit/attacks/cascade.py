@@ -21,7 +21,7 @@ from robustkit.attacks.losses import margin, margin_to
 from robustkit.attacks.projection import l2_norm, within
 from robustkit.attacks.search import Score, Search
 from robustkit.attacks.square import square
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.threat import BALLS, Threat, checked_norm
 from robustkit.errors import AttackError
 
 BudgetName = Literal["quick", "standard", "thorough"]
@@ -97,6 +97,7 @@ def cascade(
 
     A model whose output has no gradient at all is searched only, with more queries; check P9 says so.
     """
+    checked_norm("cascade", threat, BALLS)
     run = _Run(model, x, y, threat, generator)
     try:
         run.probe(schedule.probe)

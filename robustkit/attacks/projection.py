@@ -20,6 +20,8 @@ def project_(delta: Tensor, threat: Threat) -> Tensor:
     if threat.norm == "l2":
         # A shrunk example keeps its direction; the tiny floor only avoids 0/0 for delta == 0.
         return delta.mul_((eps / l2_norm(delta)).clamp(max=1.0))
+    if threat.norm == "l0":
+        return delta.mul_(largest(delta.square(), eps))
     return delta.copy_(_onto_l1(delta, torch.full_like(delta, torch.inf), eps))
 
 
@@ -34,8 +36,32 @@ def within(x: Tensor, adversarial: Tensor, threat: Threat) -> Tensor:
         return (x + delta.clamp(-eps, eps)).clamp(0, 1)
     if threat.norm == "l2":
         return (x + _onto_l2(delta, x, eps)).clamp(0, 1)
+    if threat.norm == "l0":
+        held = delta.clamp(-x, 1 - x)
+        # What keeping a value brings the image nearer to where it was to go.
+        kept = largest(delta.square() - (delta - held).square(), eps)
+        return torch.where(kept, x + held, x).clamp(0, 1)
     room = torch.where(delta > 0, 1 - x, x)
     return (x + _onto_l1(delta, room, eps)).clamp(0, 1)
+
+
+def distances(delta: Tensor, norm: str) -> Tensor:
+    """Return the norm of each example's change (N,); under l0 how many values change."""
+    order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0, "l0": 0.0}[norm]
+    norms: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
+    return norms
+
+
+def largest(values: Tensor, count: Tensor) -> Tensor:
+    """Return which are the `count` (N, 1, ..., 1) largest values of each example of `values` (N, ...)."""
+    rank = values.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view(values.shape)
+    return rank < count
+
+
+def onto_l1_ball(delta: Tensor, size: float) -> Tensor:
+    """Return the closest points to delta (N, ...) whose absolute values sum up to at most `size`."""
+    eps = torch.full_like(delta.flatten(1)[:, :1], size).view(-1, *[1] * (delta.dim() - 1))
+    return _onto_l1(delta, torch.full_like(delta, torch.inf), eps)
 
 
 def _onto_l2(delta: Tensor, x: Tensor, eps: Tensor) -> Tensor:
@@ -81,6 +107,14 @@ def l2_norm(x: Tensor) -> Tensor:
     return norm.view(-1, *[1] * (x.dim() - 1))
 
 
+def l2_direction(gradient: Tensor) -> Tensor:
+    """Return each example's gradient (N, ...) at an L2 norm of 1, however small it is; 0 where it is 0."""
+    # The squares of small entries are zero in float32, and the norm has a floor: the largest entry is made 1 first.
+    peak = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    scaled = gradient / peak.view(-1, *[1] * (gradient.dim() - 1))
+    return scaled / l2_norm(scaled)
+
+
 def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
     """Return x (N, ...) plus a uniform draw from the threat's ball, kept in [0, 1].
 
@@ -88,6 +122,8 @@ def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tenso
     """
     if threat.norm == "linf":
         delta = (2 * draws.uniform(x, generator) - 1) * threat.eps_for(x)
+    elif threat.norm == "l0":
+        return _redrawn(x, threat, generator, draws.uniform(x, generator))
     else:
         delta = _surface(x, threat, generator)
         # The radius of a uniform point of a d-dimensional ball is distributed as U**(1/d).
@@ -96,11 +132,21 @@ def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tenso
 
 
 def random_extreme(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
-    """Return x (N, ...) plus noise as large as the ball allows, kept in [0, 1]: a corner for linf, else its surface."""
+    """Return x (N, ...) plus noise as large as the ball allows, kept in [0, 1].
+
+    A corner for linf, the surface for l2 and l1, values of 0 and 1 for l0.
+    """
     if threat.norm == "linf":
         delta = torch.where(draws.uniform(x, generator) < 0.5, -1.0, 1.0) * threat.eps_for(x)
         return (x + delta).clamp(0, 1)
+    if threat.norm == "l0":
+        return _redrawn(x, threat, generator, (draws.uniform(x, generator) < 0.5).to(x.dtype))
     return within(x, x + _surface(x, threat, generator), threat)
+
+
+def _redrawn(x: Tensor, threat: Threat, generator: torch.Generator, values: Tensor) -> Tensor:
+    """Return x (N, ...) with as many of its values, drawn at random, replaced as an l0 budget allows."""
+    return torch.where(largest(draws.uniform(x, generator), threat.eps_for(x)), values, x)
 
 
 def _surface(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:

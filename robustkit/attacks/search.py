@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.active import survivors
 from robustkit.attacks.losses import as_logits, margin, wrong_classes
-from robustkit.attacks.projection import l2_norm, within
+from robustkit.attacks.projection import l2_direction, largest, within
 from robustkit.attacks.threat import Threat
 from robustkit.errors import AttackError
 
@@ -21,15 +21,17 @@ Score = Callable[[Tensor, Tensor, int], Tensor]
 """(logits (n, classes), positions of these examples in the batch (n,), step) -> what to climb, one number each."""
 
 
-def input_gradient(score: Tensor, images: Tensor) -> Tensor:
+def input_gradient(score: Tensor, images: Tensor, *, keep: bool = False) -> Tensor:
     """Return the gradient of a score (one number) with respect to the images it was computed from.
+
+    `keep`: another score of the same forward is to follow.
 
     Raises:
         AttackError: the score does not depend on the images through autograd.
     """
     if not score.requires_grad:
         raise AttackError(NO_GRADIENT)
-    (gradient,) = torch.autograd.grad(score, images, allow_unused=True)
+    (gradient,) = torch.autograd.grad(score, images, retain_graph=keep, allow_unused=True)
     if gradient is None:
         raise AttackError(NO_GRADIENT)
     return gradient
@@ -39,14 +41,15 @@ def steepest(x: Tensor, gradient: Tensor, threat: Threat, length: Tensor) -> Ten
     """Return the change of x (N, ...) that raises a linear loss most; `length` (N, 1, ..., 1) in the threat's norm.
 
     linf: the sign; l2: the direction, without pixels that are at their bound already; l1: whole pixels, steepest first,
-    each as far as [0, 1] lets it go.
+    each as far as [0, 1] lets it go; l0: the values that gain most by going to a bound.
     """
     if threat.norm == "linf":
         return gradient.sign() * length
     room = torch.where(gradient > 0, 1 - x, x)
     if threat.norm == "l2":
-        free = gradient * (room > 0)
-        return free / l2_norm(free) * length
+        return l2_direction(gradient * (room > 0)) * length
+    if threat.norm == "l0":
+        return gradient.sign() * room * largest(gradient.abs() * room, length)
     room = room.flatten(1)
     order = gradient.flatten(1).abs().argsort(1, descending=True)
     sorted_room = room.gather(1, order)
@@ -59,13 +62,26 @@ def step(x: Tensor, images: Tensor, gradient: Tensor, threat: Threat, length: Te
     """Return the images after one ascent step of `length` (n, 1, ..., 1), inside the ball around x and in [0, 1].
 
     For l1 a Frank-Wolfe step of at least 2 / (number + 2) is taken (Jaggi 2013, PMLR 28:427): a sparse step would be
-    thinned out again by the projection, a step towards the best corner stays inside.
+    thinned out again by the projection, a step towards the best corner stays inside. For l0 `length` of
+    the changed values are exchanged: a small step would be undone by the projection.
     """
     if threat.norm == "l1":
         eps = threat.eps_for(x)
         share = (length / eps.clamp_min(1e-12)).clamp(2 / (number + 2), 1)
         return images + share * (x + steepest(x, gradient, threat, eps) - images)
+    if threat.norm == "l0":
+        return _exchange(x, images, gradient, threat.eps_for(x), length)
     return within(x, images + steepest(images, gradient, threat, length), threat)
+
+
+def _exchange(x: Tensor, images: Tensor, gradient: Tensor, eps: Tensor, length: Tensor) -> Tensor:
+    """Put back the `length` changed values that gain least to first order; take as many that gain most to a bound."""
+    bound = torch.where(gradient == 0, x, (gradient > 0).to(x.dtype))
+    gain = gradient * (bound - x)
+    changed = images != x
+    kept = changed & largest(torch.where(changed, gain, -1.0), eps - length.ceil().clamp_min(1))
+    free = eps - kept.flatten(1).sum(1).view(eps.shape)
+    return torch.where(kept | largest(torch.where(kept, -1.0, gain), free), bound, x)
 
 
 class Search:

@@ -17,7 +17,7 @@ from robustkit.attacks.active import survivors
 from robustkit.attacks.draws import Stream
 from robustkit.attacks.losses import as_logits, margin
 from robustkit.attacks.projection import within
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.threat import BALLS, Threat, checked_norm
 from robustkit.params import Fraction, PositiveInt
 
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -58,6 +58,7 @@ def square(
     is one row of pixels. `start`: images (N, ...) to go on from. The windows are the same for all examples, the
     signs are each example's own. `queries` forwards an example that is not fooled, no gradient.
     """
+    checked_norm("square", threat, BALLS)
     shape = _image_shape(x)
     stream = Stream(x, generator)
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))

@@ -14,10 +14,11 @@ from rich.tree import Tree
 
 from robustkit import pipeline, registry
 from robustkit.errors import DataError, NotDownloaded
-from robustkit.recipe.cost import attack_passes, training_passes
+from robustkit.recipe.cost import attack_passes, autoattack_passes, parameter_of, training_passes
+from robustkit.recipe.facts import facts_of
 from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.schema import load_recipe
-from robustkit.recipe.spec import Recipe, Use, VariantSpec
+from robustkit.recipe.spec import Recipe, VariantSpec
 from robustkit.store import Store
 
 
@@ -74,12 +75,7 @@ def _look(recipe: Recipe, trust_plugins: bool) -> Data:
 
 
 def _row(recipe: Recipe, variant: VariantSpec, plan: Plan | None, store: Store) -> dict[str, Any]:
-    def parameter(kind: str, use: Use, name: str) -> object:
-        if name in use.parameters:
-            return use.parameters[name]
-        known = registry.parameters(pipeline.entry_of(kind, use, recipe))
-        return next((one.default for one in known if one.name == name), None)
-
+    parameter = parameter_of(recipe)
     # Without a plan nothing is known, which is not the same as nothing to do.
     steps = [step for seed in recipe.seeds for step in plan.of(variant.label, seed)] if plan else []
     state = Counter("done" if store.done(step.key) else "to run" for step in steps)
@@ -106,14 +102,27 @@ def _print(recipe: Recipe, rows: list[dict[str, Any]], console: Console, data: D
     if data.note is not None:
         console.print(f"data: {data.note}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"attacks: {attacks}", highlight=False, markup=False, soft_wrap=True)
+    for line in _beside(recipe):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     train = sum(row["training_passes"] for row in rows) * len(recipe.seeds)
     attack = sum(row["attack_passes"] for row in rows) * len(recipe.seeds)
     console.print(
         f"cost: training {train:,.0f} passes over each training image, "
-        f"attacks at most {attack:,.0f} over each test image",
+        f"evaluation at most {attack:,.0f} over each test image "
+        f"(AutoAttack alone: {autoattack_passes(facts_of(recipe).classes) * len(rows) * len(recipe.seeds):,.0f})",
         highlight=False,
         markup=False,
     )
+
+
+def _beside(recipe: Recipe) -> list[str]:
+    """Return what is measured beside the attacks, and how their results are judged."""
+    evaluate = recipe.evaluate
+    certificates = ", ".join(describe_use(use) for use in evaluate.certify)
+    lines = [f"certificates: {certificates}"] if certificates else []
+    lines += ["corruptions: all, at 5 severities"] if evaluate.corruptions else []
+    lines += [f"audit: AutoAttack on {evaluate.audit} survivors of each variant"] if evaluate.audit else []
+    return lines + (["adversarial images: rounded to 8 bits"] if evaluate.quantize_input else [])
 
 
 def _describe(row: dict[str, Any], unknown: str) -> str:

@@ -32,7 +32,7 @@ variants:
     train: {{epochs: 4}}
 
 evaluate:
-  attacks: [noise, fgsm, pgd: {{steps: 20, restarts: 2}}]
+  attacks: [noise, fgsm, pgd: {{steps: 20}}, cascade]
   eps_curve: [0, 0.05, 0.1, 0.2]
 
 gates:                                          # exit code 3 when one does not hold

@@ -16,7 +16,7 @@ from robustkit.errors import UsageError, did_you_mean
 @click.option("--json", "as_json", envvar="ROBUSTKIT_LIST_JSON", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables with the parameters.")
 def command(kind: str | None, as_json: bool, markdown: bool) -> None:
-    """List the plugins of every KIND: data, model, defense, compressor, attack, optimizer, schedule, augmentation."""
+    """List the plugins of every KIND: data, model, defense, attack, certificate and so on; without one, of all."""
     if kind is not None and kind not in registry.KINDS:
         raise UsageError(f"unknown kind {kind!r}; {did_you_mean(kind, registry.KINDS) or ', '.join(registry.KINDS)}")
     kinds = [one for one in registry.KINDS if kind in (None, one)]

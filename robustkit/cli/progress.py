@@ -65,9 +65,10 @@ class Display:
         self._progress.update(self._task, description=name, total=None, completed=0, detail=self._doing, visible=True)
 
     def _on_step(self, values: Mapping[str, Any]) -> None:
-        self._progress.update(
-            self._task, total=values.get("steps"), completed=values.get("step", 0), detail=self._detail or self._doing
-        )
+        detail = self._detail or self._doing
+        if values.get("robust") is not None:
+            detail += f"  {values['robust']} of {values['step']} still right"
+        self._progress.update(self._task, total=values.get("steps"), completed=values.get("step", 0), detail=detail)
 
     def _on_epoch(self, values: Mapping[str, Any]) -> None:
         robust = f"  robust(val) {values['robust']:.1%}" if values.get("robust") is not None else ""
@@ -91,6 +92,13 @@ class Display:
 
     def _on_guard(self, values: Mapping[str, Any]) -> None:
         self._line(f"  {self._name(values):28} guard: {values.get('message', '')}", style="yellow")
+
+    def _on_estimate(self, values: Mapping[str, Any]) -> None:
+        self._line(
+            f"  {self._name(values):28} {self._doing}: at most {values['passes']:,.0f} passes an example, "
+            f"{_clock(values['seconds'])} if none is fooled (AutoAttack: {values['autoattack_passes']:,.0f}, "
+            f"{_clock(values['autoattack_seconds'])})"
+        )
 
     def _on_data(self, values: Mapping[str, Any]) -> None:
         self._line(f"  {self._name(values):28} data: {values.get('message', '')}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustkit.attacks.losses import margin
-from robustkit.attacks.projection import l2_norm, project_
+from robustkit.attacks.projection import l2_direction, l2_norm, project_
 from robustkit.attacks.threat import Threat
 from robustkit.train.modes import attack_mode
 
@@ -153,14 +153,6 @@ def ascend(
         direction = gradient.sign() if threat.norm == "linf" else l2_direction(gradient)
         found = (x + project_(found + alpha * direction - x, threat)).clamp(0, 1)
     return found
-
-
-def l2_direction(gradient: Tensor) -> Tensor:
-    """Return each example's gradient (N, ...) at an L2 norm of 1, however small it is; 0 where it is 0."""
-    # The squares of small entries are zero in float32, and the norm has a floor: the largest entry is made 1 first.
-    peak = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
-    scaled = gradient / peak.view(-1, *[1] * (gradient.dim() - 1))
-    return scaled / l2_norm(scaled)
 
 
 def input_gradient(model: nn.Module, score: Score, x: Tensor) -> Tensor:

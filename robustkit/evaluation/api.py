@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +16,13 @@ from robustkit.attacks.threat import Attack, Threat
 from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.errors import ModelError, UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
+from robustkit.evaluation.audit import audit as audit_survivors
 from robustkit.evaluation.checks import preflight
-from robustkit.evaluation.compare import budget_flags, compare_flags, finite_flags
+from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags
+from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.rules import silent_flags
-from robustkit.results import Flag, Rate
+from robustkit.results import Audit, Flag, Rate
 
 AttackSpec = str | Mapping[str, Mapping[str, Any] | Attack | None] | Attack
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -40,16 +42,25 @@ class Evaluation:
     threat: Threat
     correct: NDArray[np.bool_]
     """Per example: right under every attack."""
+    distances: dict[str, MinimumDistances] = field(default_factory=dict)
+    """Of the minimum-norm attacks: the smallest distance found of each example, whatever the threat's eps."""
+    audit: Audit | None = None
+    """AutoAttack on a random subset of what every attack left, where it was asked for."""
+    quantized: bool = False
+    """Whether adversarial images were rounded to 8 bits before they were judged."""
 
     def __repr__(self) -> str:
         rows = [("clean", self.clean), *self.attacks.items(), ("worst", self.worst)]
         width = max(len(name) for name, _ in rows)
         eps = "one eps an example" if isinstance(self.threat.eps, Tensor) else f"eps {self.threat.eps:.4g}"
-        lines = [f"accuracy of {self.clean.n} examples, {self.threat.norm} {eps}, 95 % intervals"]
+        bits = ", adversarial images rounded to 8 bits" if self.quantized else ""
+        lines = [f"accuracy of {self.clean.n} examples, {self.threat.norm} {eps}{bits}, 95 % intervals"]
         lines += [
             f"  {name:{width}}  {rate.value:7.2%}  [{rate.low:.2%}, {rate.high:.2%}]{self._cost(name)}"
             for name, rate in rows
         ]
+        lines += [f"  {name:{width}}  {found!r}" for name, found in self.distances.items()]
+        lines += [f"  {self.audit}"] if self.audit is not None else []
         lines += [f"{flag.severity} {flag.id}: {flag.message}" for flag in self.flags]
         return "\n".join(lines)
 
@@ -108,9 +119,11 @@ def evaluate(
     y: Tensor | NDArray[Any],
     *,
     threat: Threat,
-    attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | Attack | None] = ("fgsm", "pgd"),
+    attacks: Sequence[AttackSpec] | Mapping[str, Mapping[str, Any] | Attack | None] = ("fgsm", "cascade"),
     seed: int = 0,
     batch_size: int = 256,
+    quantize_input: bool = False,
+    audit: int = 0,
 ) -> Evaluation:
     """Attack a model and return its clean and attacked accuracy with intervals, costs and flags.
 
@@ -119,18 +132,42 @@ def evaluate(
     uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), objects with the
     Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when
     an attack raises. A model in float16, bfloat16 or float64 gets the images in its own type. Under
-    `torch.inference_mode()` the attacks have their gradients all the same.
+    `torch.inference_mode()` the attacks have their gradients all the same. `quantize_input`: adversarial images are
+    rounded to multiples of 1/255 before they are judged, within the ball; x has to be of 8 bits then. `audit`: so many
+    random survivors meet AutoAttack-standard, which takes a hundred times as long each.
 
     Raises:
-        UsageError: images outside [0, 1], labels that do not fit, an unknown attack or parameter.
+        UsageError: images outside [0, 1] or not of 8 bits where they have to be, labels that do not fit, an unknown
+            attack or parameter.
         ModelError: the model returns no logits, or was made under `torch.inference_mode()`.
         AttackError: an attack cannot run on this model or threat.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     with torch.inference_mode(False):
-        images, labels = checked_images(x, y, threat)
-        return _evaluated(as_module(model), images, labels, threat, make_attacks(attacks), seed, batch_size)
+        images, labels = checked_examples(x, y, threat)
+        made = make_attacks(attacks)
+        module = as_module(model)
+        found = _evaluated(module, images, labels, threat, made, seed, batch_size, quantize_input)
+        if not audit:
+            return found
+        audited = audit_survivors(
+            module,
+            images,
+            labels,
+            threat,
+            survivors=found.correct,
+            count=audit,
+            seed=seed,
+            batch_size=batch_size,
+            device=_device(module, images),
+            quantize_input=quantize_input,
+        )
+        return replace(found, audit=audited, flags=[*found.flags, *audit_flags(audited)])
+
+
+def _device(module: nn.Module, images: Tensor) -> torch.device:
+    return next((one.device for one in module.parameters()), images.device)
 
 
 def _evaluated(
@@ -141,8 +178,9 @@ def _evaluated(
     made: Mapping[str, tuple[str, Attack]],
     seed: int,
     batch_size: int,
+    quantize_input: bool,
 ) -> Evaluation:
-    device = next((one.device for one in module.parameters()), images.device)
+    device = _device(module, images)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
     outcomes: dict[str, Outcome] = {}
     for label, (_, attack) in made.items():
@@ -157,8 +195,10 @@ def _evaluated(
             label=label,
             batch_size=batch_size,
             device=device,
+            quantize_input=quantize_input,
         )
-    return _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
+    found = _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
+    return replace(found, quantized=quantize_input)
 
 
 def _evaluation(
@@ -178,8 +218,7 @@ def _evaluation(
     flags += finite_flags({"clean": clean.not_finite, **{name: one.not_finite for name, one in outcomes.items()}})
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
     flags += silent_flags({label: one.silent for label, one in outcomes.items()}, clean.correct.size)
-    minimum_norm = {label for label, (_, attack) in made.items() if getattr(attack, "minimum_norm", False)}
-    flags += budget_flags({label: one.projected for label, one in outcomes.items() if label not in minimum_norm})
+    flags += budget_flags({label: one.projected for label, one in outcomes.items()})
     for label, (_, attack) in made.items():
         notes = getattr(attack, "notes", ())
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in notes]
@@ -191,14 +230,19 @@ def _evaluation(
         flags=flags,
         threat=threat,
         correct=worst,
+        distances={
+            label: MinimumDistances(threat.norm, one.minimal_distance)
+            for label, one in outcomes.items()
+            if one.minimal_distance is not None
+        },
     )
 
 
-def checked_images(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
-    """Return images and labels as tensors that fit each other and the threat.
+def checked_examples(x: Tensor | NDArray[Any], y: Tensor | NDArray[Any], threat: Threat) -> tuple[Tensor, Tensor]:
+    """Return images (N, ...), uint8 or float32 in [0, 1], and labels (N,) as int64.
 
     Raises:
-        UsageError: they do not.
+        UsageError: what is given is not that, or does not fit the threat.
     """
     # Outside inference mode its tensors take no part in a backward; a clone does.
     images, labels = (one.clone() if one.is_inference() else one for one in map(torch.as_tensor, (x, y)))

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustkit.attacks.after import After
 from robustkit.attacks.counting import CountedModel
+from robustkit.attacks.layout import attack_layout
+from robustkit.attacks.projection import distances as distances
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
+from robustkit.evaluation.distances import ABSOLUTE_SLACK, RELATIVE_SLACK
 from robustkit.evaluation.outcome import Outcome
+from robustkit.evaluation.rounding import rounded
+from robustkit.evaluation.seen import NO_CLASS, Checkpoint, Judged, Seen
 from robustkit.evaluation.silent import Watched
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
-RELATIVE_SLACK = 1e-4
-ABSOLUTE_SLACK = 1e-6
-NO_CLASS = -1
-"""The prediction from logits that are not finite."""
 Progress = Callable[[int, int], None]
+"""(examples done, examples to do)"""
+AttackProgress = Callable[[int, int, int], None]
+"""(examples done, examples to do, those of the done that are still right)"""
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -43,14 +47,6 @@ def as_images(x: Tensor) -> Tensor:
                 "into the model, e.g. robustkit.models.normalized.Normalized(model, mean, std)"
             )
     return x.detach().to(torch.float32).clamp(0, 1)
-
-
-def distances(delta: Tensor, norm: str) -> Tensor:
-    """Return the norm of each example's change (N,)."""
-    flat = delta.flatten(1)
-    order = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}[norm]
-    norms: Tensor = torch.linalg.vector_norm(flat, ord=order, dim=1)
-    return norms
 
 
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, device: torch.device) -> Outcome:
@@ -119,92 +115,104 @@ def attack_outcome(
     batch_size: int,
     device: torch.device,
     keep: int = 0,
-    on_progress: Progress | None = None,
+    quantize_input: bool = False,
+    probes: Tensor | None = None,
+    on_progress: AttackProgress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Outcome:
     """Return the outcome of an attack on the examples that the model gets right without it.
 
     A result counts only if it is finite, within eps (1 + 1e-4) + 1e-6 and in [0, 1], and if the model, asked once more,
-    is wrong on it. Logits that are not finite are no answer: the attack did not fool that example, its clean image and
+    is wrong on it. One of a minimum-norm attack (`minimum_norm`) beyond eps does not count either, but the outcome has
+    its distance. Logits that are not finite are no answer: the attack did not fool that example, its clean image and
     prediction are kept, and the outcome counts it.
     Random numbers come from (seed, label): not from what other attacks ran, and for attacks that say
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
-    `keep`: how many of the first examples' images the outcome holds.
+    Where the memory does not take a batch, it is halved, down to one example.
+    `keep`: how many of the first examples' images the outcome holds. `checkpoint`: where whole batches are kept, so
+    that a run that was stopped goes on after them with the same result. `quantize_input`: what the attack found is
+    rounded to 8 bits, within the ball, before the model is asked. `probes`: images like x that are tried first, such as
+    those that fooled a relative; the attack is run on what they leave.
 
     Raises:
         AttackError: the attack returned something that is no batch of images.
+        UsageError: `quantize_input` with clean images that are not of 8 bits.
     """
     started = time.perf_counter()
     threat = threat.to(device)
     todo = torch.from_numpy(np.flatnonzero(clean.correct))
-    seen = _Seen(
-        prediction=torch.from_numpy(clean.prediction.copy()),
-        distance=torch.zeros(len(y)),
-        projected=torch.zeros((), dtype=torch.int64, device=device),
-        not_finite=torch.zeros((), dtype=torch.int64, device=device),
-        silent=torch.zeros((), dtype=torch.int64, device=device),
-        images=as_images(x[:keep].to("cpu")).clone(),
-    )
+    seen = Seen.start(clean.prediction, as_images(x[:keep].to("cpu")), checkpoint)
     with undisturbed(model), torch.enable_grad():
-        counted = CountedModel(model)
-        # Attacks of robustkit's own keep the best image that they meet.
-        watched = None if getattr(attack, "seeded_by_example", False) else Watched(counted)
-        shown = (counted if watched is None else watched).eval()
-        for first in range(0, len(todo), batch_size):
-            index = todo[first : first + batch_size]
+        counted = CountedModel(model).eval()
+        counted.layout = attack_layout(model, as_images(x[:2].to(device)))
+        size = batch_size
+        while seen.done < len(todo):
+            index = todo[seen.done : seen.done + size]
             images = as_images(x[index.to(x.device)].to(device))
             labels = y[index.to(y.device)].to(device)
             generator = generator_for(attack, seed, label, int(index[0]), device)
             budget = threat.select(index.to(device))
-            # A copy: what changes its input in place must still be measured against the clean images.
-            if watched is not None:
-                watched.watch(images, labels, budget)
-            found = attack(shown, images.clone(), labels.clone(), budget, generator=generator)
-            found, length, outside = audited(found, images, budget, label)
-            shown.eval()
-            with torch.no_grad():
-                answer = predicted(counted(found))
-            seen.add(index, images, found, answer, length, outside)
-            if watched is not None:
-                seen.silent += (watched.met & (answer == labels)).sum()
+            now = attack if probes is None else After(as_images(probes[index].to(device)), attack)
+            try:
+                batch = attacked_batch(
+                    counted, images, labels, now, budget, generator=generator, label=label, quantize=quantize_input
+                )
+            except RuntimeError as error:
+                size = halved(len(index), error)
+                continue
+            seen.add(index, batch)
+            seen.pay(counted, time.perf_counter() - started)
+            seen.save(checkpoint, last=seen.done == len(todo))
             if on_progress is not None:
-                on_progress(min(first + batch_size, len(todo)), len(todo))
-    return Outcome(
-        correct=(seen.prediction == y.cpu()).numpy(),
-        prediction=seen.prediction.numpy(),
-        distance=seen.distance.numpy(),
-        forwards=counted.forwards,
-        backwards=counted.backwards,
-        seconds=time.perf_counter() - started,
-        projected=int(seen.projected),
-        not_finite=int(seen.not_finite),
-        silent=int(seen.silent),
-        adversarial=seen.images if keep else None,
-    )
+                on_progress(seen.done, len(todo), seen.robust(y, todo))
+    return seen.outcome(y, keep=keep, minimal=bool(getattr(attack, "minimum_norm", False)))
 
 
-@dataclass
-class _Seen:
-    """What an attack did so far: one entry a test example, and the first examples' images."""
+def attacked_batch(
+    model: CountedModel,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    threat: Threat,
+    *,
+    generator: torch.Generator,
+    label: str,
+    quantize: bool,
+) -> Judged:
+    """Return what an attack made of one batch x (N, ...), y (N,), as the model sees it."""
+    # Attacks of robustkit's own keep the best image that they meet: nothing there to watch.
+    watched = None if getattr(attack, "seeded_by_example", False) else Watched(model, x, y, threat).eval()
+    # A copy: what changes its input in place must still be measured against the clean images.
+    found = attack(model if watched is None else watched, x.clone(), y.clone(), threat, generator=generator)
+    ball = threat.with_eps(torch.inf) if getattr(attack, "minimum_norm", False) else threat
+    found, length, outside = audited(found, x, ball, label, quantize=quantize)
+    answer = asked(model, found)
+    silent = torch.zeros_like(outside) if watched is None else (watched.met & (answer == y)).sum()
+    return Judged(x, found, answer, length, length <= reach(threat, x), outside, silent)
 
-    prediction: Tensor
-    distance: Tensor
-    projected: Tensor
-    not_finite: Tensor
-    silent: Tensor
-    images: Tensor
 
-    def add(
-        self, index: Tensor, images: Tensor, found: Tensor, answer: Tensor, length: Tensor, outside: Tensor
-    ) -> None:
-        """Take in the batch of the examples at `index`: clean images, what was found, and the model's answer to it."""
-        self.projected += outside
-        answered = answer != NO_CLASS
-        self.not_finite += (~answered).sum()
-        self.prediction[index] = torch.where(answered.cpu(), answer.cpu(), self.prediction[index])
-        self.distance[index] = length.cpu()
-        shown = index < len(self.images)
-        kept = torch.where(answered.view(-1, *[1] * (found.dim() - 1)), found, images)
-        self.images[index[shown]] = kept[shown.to(found.device)].cpu()
+def asked(counted: CountedModel, images: Tensor) -> Tensor:
+    """Return the classes (N,) that a model gives images as its user would ask it: in eval mode, in plain layout."""
+    layout, counted.layout = counted.layout, torch.contiguous_format
+    try:
+        with torch.no_grad():
+            return predicted(counted.eval()(images))
+    finally:
+        counted.layout = layout
+
+
+def halved(size: int, error: RuntimeError) -> int:
+    """Return half a batch size where an error says that the memory is full.
+
+    Raises:
+        RuntimeError: the error itself, where it says something else or one example is too much.
+    """
+    full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if not full or size <= 1:
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return size // 2
 
 
 def generator_for(attack: Attack, seed: int, label: str, first: int, device: torch.device) -> torch.Generator:
@@ -215,8 +223,13 @@ def generator_for(attack: Attack, seed: int, label: str, first: int, device: tor
     return torch.Generator(device=place).manual_seed(derive_seed(*parts))
 
 
-def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (images, distances (N,), number of results put back): what is no valid result becomes the clean image."""
+def audited(
+    found: Tensor, x: Tensor, threat: Threat, label: str, *, quantize: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (images, distances (N,), number of results put back): what is no valid result becomes the clean image.
+
+    `quantize`: valid results are rounded to 8 bits, and measured so.
+    """
     if not isinstance(found, Tensor) or found.shape != x.shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise AttackError(f"attack {label} returned {got} for images {tuple(x.shape)}")
@@ -227,6 +240,13 @@ def audited(found: Tensor, x: Tensor, threat: Threat, label: str) -> tuple[Tenso
     boxed = found.clamp(0, 1)
     off_box = (found - boxed).abs().flatten(1).amax(1) > ABSOLUTE_SLACK
     length = distances(boxed - x, threat.norm)
-    eps = threat.eps_for(x).flatten()
-    valid = finite & ~off_box & (length <= eps * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK)
+    valid = finite & ~off_box & (length <= reach(threat, x))
+    if quantize:
+        boxed = rounded(boxed, x, threat.norm, reach(threat, x))
+        length = torch.where(valid, distances(boxed - x, threat.norm), length)
     return torch.where(valid.view(shape), boxed, x), length, (~valid).sum()
+
+
+def reach(threat: Threat, x: Tensor) -> Tensor:
+    """Return how far each result may be from x (N, ...) to count (N,)."""
+    return threat.eps_for(x).flatten() * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.results import Flag, GateResult
+from robustkit.results import Audit, Flag, GateResult
 
 Bools = NDArray[np.bool_]
 ONE_STEP = frozenset({"fgsm", "torchattacks.FGSM", "torchattacks.FFGSM"})
@@ -129,6 +129,17 @@ def budget_flags(projected: Mapping[str, int]) -> list[Flag]:
         for label, count in projected.items()
         if count
     ]
+
+
+def audit_flags(audit: Audit | None) -> list[Flag]:
+    """Return a doubt where AutoAttack broke what the other attacks left."""
+    if audit is None or not audit.broken:
+        return []
+    message = (
+        f"{audit}: the attacks of the recipe are too weak for this model; add autoattack to them, or raise the budget "
+        "of the cascade"
+    )
+    return [Flag(id="audit", severity="doubt", message=message)]
 
 
 def finite_flags(not_finite: Mapping[str, int]) -> list[Flag]:

@@ -26,12 +26,25 @@ def security_curve(
     seed: int,
     batch_size: int,
     device: torch.device,
+    quantize_input: bool = False,
 ) -> list[int]:
     """Return how many examples are still right at each eps, in the order given.
 
     An example that is fooled at a small eps counts as fooled at every larger one, and is not attacked again.
     """
-    broken = broken_at(model, x, y, attack, norm, eps, clean=clean, seed=seed, batch_size=batch_size, device=device)
+    broken = broken_at(
+        model,
+        x,
+        y,
+        attack,
+        norm,
+        eps,
+        clean=clean,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        quantize_input=quantize_input,
+    )
     return [int(np.count_nonzero(broken > budget)) for budget in eps]
 
 
@@ -47,6 +60,7 @@ def broken_at(
     seed: int,
     batch_size: int,
     device: torch.device,
+    quantize_input: bool = False,
 ) -> NDArray[np.float64]:
     """Return, for each example (N,), the smallest of the eps at which the attack fools it.
 
@@ -70,6 +84,7 @@ def broken_at(
             label=f"curve {budget:.9g}",
             batch_size=batch_size,
             device=device,
+            quantize_input=quantize_input,
         )
         broken[np.isinf(broken) & ~alive.correct] = budget
     return broken

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustkit.attacks.threat import Threat
 from robustkit.errors import UsageError
-from robustkit.evaluation.api import Model, as_module, checked_images
+from robustkit.evaluation.api import Model, as_module, checked_examples
 from robustkit.evaluation.attacked import clean_outcome
 from robustkit.evaluation.checks import EXAMPLES, preflight, probes
 from robustkit.evaluation.compare import finite_flags
@@ -62,7 +62,7 @@ def diagnose(
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     with torch.inference_mode(False):
-        images, labels = checked_images(x, y, threat)
+        images, labels = checked_examples(x, y, threat)
         module = as_module(model)
         device = next((one.device for one in module.parameters()), images.device)
         clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)

@@ -29,9 +29,17 @@ class Outcome:
     backwards: int
     seconds: float
     projected: int = 0
-    """Results that left the ball or were not finite, and so did not count."""
+    """Results that left the ball or were not finite, and so did not count.
+
+    A minimum-norm attack has no ball to leave: of its results those count here that are no images.
+    """
     not_finite: int = 0
     """Examples whose logits were not finite: wrong without an attack, not fooled by one."""
+    minimal_distance: NDArray[np.float32] | None = None
+    """Of a minimum-norm attack: the distance of the image that fooled the model, at whatever eps.
+
+    0 where the model is wrong without an attack, infinite where the attack found nothing.
+    """
     silent: int = 0
     """Examples that the attack had fooled on its way, but not with the image that it returned; where it can be seen."""
     adversarial: Tensor | None = None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from robustkit.attacks.projection import distances
 from robustkit.attacks.threat import Threat
-
-SLACK = 1e-4
-FLOOR = 1e-6
+from robustkit.evaluation.distances import ABSOLUTE_SLACK, RELATIVE_SLACK
 
 
 class Watched(nn.Module):
@@ -18,13 +17,10 @@ class Watched(nn.Module):
     answer belongs to which image; others are let through unseen.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> None:
+        """Look at images x (N, ...) with labels y (N,)."""
         super().__init__()
         self.model = model
-        self._images: Tensor | None = None
-
-    def watch(self, x: Tensor, y: Tensor, threat: Threat) -> None:
-        """Look at images x (N, ...) with labels y (N,) from now on."""
         self._images, self._labels, self._threat = x, y, threat
         self.met = torch.zeros(len(y), dtype=torch.bool, device=x.device)
 
@@ -32,14 +28,13 @@ class Watched(nn.Module):
         """Return the model's logits."""
         logits: Tensor = self.model(x)
         images = self._images
-        if images is not None and x.shape == images.shape and isinstance(logits, Tensor) and logits.dim() == 2:
+        if x.shape == images.shape and isinstance(logits, Tensor) and logits.dim() == 2:
             with torch.no_grad():
                 self.met |= (logits.argmax(1) != self._labels) & torch.isfinite(logits).all(1) & self._inside(x, images)
         return logits
 
     def _inside(self, x: Tensor, images: Tensor) -> Tensor:
-        order = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[self._threat.norm]
-        length = torch.linalg.vector_norm((x - images).flatten(1), ord=order, dim=1)
-        boxed = (x - x.clamp(0, 1)).flatten(1).abs().amax(1) <= FLOOR
-        inside: Tensor = boxed & (length <= self._threat.eps_for(images).flatten() * (1 + SLACK) + FLOOR)
+        boxed = (x - x.clamp(0, 1)).flatten(1).abs().amax(1) <= ABSOLUTE_SLACK
+        reach = self._threat.eps_for(images).flatten() * (1 + RELATIVE_SLACK) + ABSOLUTE_SLACK
+        inside: Tensor = boxed & (distances(x - images, self._threat.norm) <= reach)
         return inside

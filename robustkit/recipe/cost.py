@@ -4,7 +4,9 @@ a backward with weight gradients 2."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
+from robustkit import registry
 from robustkit.attacks.torchattacks_cost import torchattacks_passes
 from robustkit.recipe.facts import Facts, facts_of
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
@@ -20,10 +22,25 @@ CHECKS = 203.0 + 271.0 + 42.0
 (pgd of 40, 20, 20, 10 and 10 steps, 50 queries, 10 draws), and pgd of 20 steps on a parent."""
 CASCADE = {"quick": 219.0, "standard": 933.0, "thorough": 7519.0}
 """Every stage of the cascade on an example that stays close to being fooled; most leave far earlier."""
+MINIMUM_NORM = frozenset({"fmn", "ddn", "pdpgd", "sigma_zero"})
+CORRUPTED = 13.0 * 5.0
+"""A forward for each corruption at each severity."""
 CHECKED = 64
 """How many images the sanity checks look at."""
 Parameter = Callable[[str, Use, str], object]
 """(kind, use, parameter) -> its value in the recipe, else its default, else None."""
+
+
+def parameter_of(recipe: Recipe) -> Parameter:
+    """Return what looks up a parameter of a use in this recipe, else the plugin's default."""
+
+    def parameter(kind: str, use: Use, name: str) -> object:
+        if name in use.parameters:
+            return use.parameters[name]
+        entry = registry.find(cast(registry.Kind, kind), use.name, folder=recipe.folder, plugins=recipe.plugins)
+        return next((one.default for one in registry.parameters(entry) if one.name == name), None)
+
+    return parameter
 
 
 def training_passes(variant: VariantSpec, parameter: Parameter) -> float:
@@ -48,13 +65,25 @@ def _inner_passes(use: Use, parameter: Parameter) -> float:
 def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
     """Return an upper bound of the passes over each test image for one variant: no example is fooled early.
 
-    The clean accuracy, every attack, the security curve and the sanity checks. An attack of a user's own is taken to
-    cost a forward and a backward a step.
+    The clean accuracy, every attack, the security curve, the sanity checks, certificates and corruptions. An attack of
+    a user's own is taken to cost a forward and a backward a step, a certificate of a user's own a forward.
     """
     facts = facts_of(recipe)
     attacks = sum(one_attack_passes(use, parameter, facts) for use in recipe.evaluate.attacks)
     budgets = set(recipe.evaluate.eps_curve) - {0.0}
-    return 1.0 + attacks + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+    beside = sum(certificate_passes(use, parameter) for use in recipe.evaluate.certify)
+    beside += CORRUPTED if recipe.evaluate.corruptions else 0.0
+    share = min(recipe.evaluate.audit, facts.test) / facts.test
+    beside += share * autoattack_passes(facts.classes)
+    return 1.0 + attacks + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+
+
+def certificate_passes(use: Use, parameter: Parameter) -> float:
+    """Return the passes of one certificate over an image."""
+    if use.name == "interval":
+        return 3.0
+    draws = [_number(parameter("certificate", use, name)) for name in ("n0", "n")]
+    return sum(draws) or 1.0
 
 
 def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
@@ -78,14 +107,21 @@ def one_attack_passes(use: Use, parameter: Parameter, facts: Facts) -> float:
         return value("restarts") * (value("n_queries") + 1.0) + 1.0
     if use.name == "apgd":
         return value("restarts") * 2.0 * (value("steps") + 1.0) * value("eot") + 1.0
+    if use.name in MINIMUM_NORM:
+        polish = 3.0 * facts.values.bit_length() + 3.0 if use.name == "sigma_zero" else 21.0
+        return value("restarts") * (2.0 * value("steps") + polish + min(9, facts.classes - 1) + 1.0) + 1.0
     if use.name == "autoattack":
-        return _autoattack(str(parameter("attack", use, "version")), value("steps"), value("n_queries"), facts.classes)
+        version = str(parameter("attack", use, "version"))
+        return autoattack_passes(facts.classes, version, value("steps"), value("n_queries"))
     steps = next((found for name in STEP_NAMES if (found := value(name))), 1.0)
     return _pgd(steps, value("restarts") or 1.0)
 
 
-def _autoattack(version: str, steps: float, queries: float, classes: int) -> float:
-    """Standard: also of l1, whose five restarts with larger balls cost less than nine targets and these."""
+def autoattack_passes(classes: int, version: str = "standard", steps: float = 100.0, queries: float = 5000.0) -> float:
+    """Return the passes of AutoAttack over an image that withstands it.
+
+    Standard: also of l1, whose five restarts with larger balls cost less than nine targets and these.
+    """
     climb = 2.0 * (steps + 1.0)
     if version == "rand":
         return 2.0 * (20.0 * climb + 2.0) + 1.0

@@ -161,7 +161,7 @@ def _metric(row: VariantResult, metric: str) -> float:
 def _rate(row: VariantResult, metric: str) -> Rate | None:
     if metric == "clean":
         return row.clean
-    return row.worst if metric == "worst" else row.attacks.get(metric)
+    return row.worst if metric == "worst" else row.attacks.get(metric) or row.certified.get(metric)
 
 
 def _noise(gate: Gate, results: Results, correct: Correct) -> float:

@@ -27,7 +27,7 @@ def recipe_schema() -> dict[str, Any]:
             "augment": {"type": "array", "items": _use("augmentation")},
         }
     )
-    threat = _object({"norm": {"enum": ["linf", "l2", "l1"]}, "eps": NUMBER})
+    threat = _object({"norm": {"enum": ["linf", "l2", "l1", "l0"]}, "eps": NUMBER})
     variant = _object(
         {
             "matrix": {"type": "object"},
@@ -47,6 +47,10 @@ def recipe_schema() -> dict[str, Any]:
             "eps_curve": {"type": "array", "items": NUMBER},
             "latency": {"type": "boolean"},
             "gallery": {"type": "integer", "minimum": 0, "maximum": 64},
+            "certify": {"anyOf": [_use("certificate"), {"type": "array", "items": _use("certificate")}]},
+            "corruptions": {"type": "boolean"},
+            "audit": {"type": "integer", "minimum": 0},
+            "quantize_input": {"type": "boolean"},
         }
     )
     gate = {"anyOf": [{"type": "string"}, _object({"gate": {"type": "string"}, "confident": {"type": "boolean"}})]}

@@ -18,11 +18,31 @@ DEFENSE_NORMS: dict[str, tuple[str, ...]] = {
     "trades": ("linf", "l2"),
 }
 """The adversarial trainings that do not work under every norm."""
+ATTACK_NORMS: dict[str, tuple[str, ...]] = {
+    "apgd": ("linf", "l2", "l1"),
+    "square": ("linf", "l2", "l1"),
+    "cascade": ("linf", "l2", "l1"),
+    "autoattack": ("linf", "l2", "l1"),
+    "fmn": ("linf", "l2", "l1"),
+    "ddn": ("l2",),
+    "pdpgd": ("linf", "l2", "l1"),
+    "sigma_zero": ("l0",),
+}
+"""The attacks of robustkit's own that do not work under every norm."""
+INSTEAD = {"linf": "fmn", "l2": "ddn", "l1": "pdpgd", "l0": "sigma_zero"}
+"""What looks for the smallest change under a norm."""
 
 
 def check_attacks(reader: Reader, path: PathTuple, attacks: Iterable[Use], threat: ThreatSpec) -> None:
     """Note each attack that cannot be run under the threat's norm."""
     for use in attacks:
+        norms = ATTACK_NORMS.get(use.name)
+        if norms is not None and threat.norm not in norms:
+            reader.problem(
+                (*path, *_position(reader, path, use)),
+                f"{use.name} works under {' or '.join(norms)}; the threat is {threat.norm}",
+                f"use {INSTEAD[threat.norm] if use.name in INSTEAD.values() or threat.norm == 'l0' else 'pgd'}",
+            )
         profile = PROFILES.get(use.name.removeprefix(TORCHATTACKS)) if use.name.startswith(TORCHATTACKS) else None
         if profile is None or profile.refused or threat.norm in profile.norms:
             continue

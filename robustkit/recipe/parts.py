@@ -56,6 +56,10 @@ def read_threat(reader: Reader, path: PathTuple, value: object) -> ThreatSpec | 
         hint = f"did you mean {found.eps:g}/255?"
         reader.problem((*path, "eps"), f"eps is in [0, 1] pixel units, not {found.eps:g}", hint)
         return None
+    if found.norm == "l0" and found.eps % 1:
+        hint = "a whole number, e.g. 10; a value is one channel of one pixel"
+        reader.problem((*path, "eps"), f"eps of l0 is how many values may change, not {found.eps:g}", hint)
+        return None
     return ThreatSpec(norm=found.norm, eps=found.eps)
 
 

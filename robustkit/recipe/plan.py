@@ -10,10 +10,16 @@ from typing import Literal
 
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
-Kind = Literal["fit", "measure", "clean", "attack", "curve", "checks", "latency"]
-FORMAT = 1
+Kind = Literal[
+    "fit", "measure", "clean", "attack", "audit", "curve", "checks", "latency", "certify", "soundness", "corruptions"
+]
+FORMAT = 2
 """Raised when the meaning of a step changes, so that older results are not taken for new ones."""
 
+PROBED = frozenset({"cascade"})
+"""Attacks that try first what fooled the parent."""
+AttackKeys = dict[tuple[str | None, int, str], str]
+"""(variant, seed, label of the attack) -> key of the step."""
 SourceHash = Callable[[str, Use], str]
 """(kind of plugin, use) -> hash of its source: the version for built-ins, the file's content for users' code."""
 
@@ -29,8 +35,10 @@ class Step:
     parents: tuple[str, ...] = ()
     """Keys of the steps that this one reads."""
     use: Use | None = None
-    """The attack of an attack step."""
+    """The attack of an attack step, the certificate of a certify step."""
     description: str = ""
+    wants: tuple[str, ...] = ()
+    """Keys of steps whose results it uses where they are there."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,13 @@ def make_plan(recipe: Recipe, data_fingerprint: str, source_hash: SourceHash) ->
     """Return the steps of a recipe; equal recipes on equal data with equal plugin sources give equal keys."""
     steps: list[Step] = []
     fit_keys: dict[tuple[str, int], str] = {}
+    attack_keys: AttackKeys = {}
     for seed in recipe.seeds:
         for variant in recipe.variants:
             fit = _fit_step(recipe, variant, seed, data_fingerprint, fit_keys, source_hash)
             fit_keys[variant.label, seed] = fit.key
             steps.append(fit)
-            steps.extend(_evaluation_steps(recipe, variant, seed, fit, source_hash))
+            steps.extend(_evaluation_steps(recipe, variant, seed, fit, attack_keys, source_hash))
     if recipe.evaluate.latency and recipe.variants:
         steps.append(_latency_step(recipe, fit_keys))
     return Plan(recipe, data_fingerprint, tuple(steps), fit_keys)
@@ -120,7 +129,7 @@ def _train(train: TrainSpec, source_hash: SourceHash) -> dict[str, object]:
 
 
 def _evaluation_steps(
-    recipe: Recipe, variant: VariantSpec, seed: int, made: Step, source_hash: SourceHash
+    recipe: Recipe, variant: VariantSpec, seed: int, made: Step, attack_keys: AttackKeys, source_hash: SourceHash
 ) -> list[Step]:
     evaluate, label, fit = recipe.evaluate, variant.label, made.key
     common: dict[str, object] = {"model": fit, "examples": evaluate.examples, "seed": seed}
@@ -130,22 +139,79 @@ def _evaluation_steps(
         Step("measure", content_key(kind="measure", model=fit), label, seed, (fit,), description="costs"),
         Step("clean", clean, label, seed, (fit,), description="clean accuracy"),
     ]
-    for use in evaluate.attacks:
-        key = content_key(
-            kind="attack",
-            **common,
-            threat=threat,
-            gallery=evaluate.gallery,
-            attack=_identity("attack", use, source_hash),
-        )
-        steps.append(Step("attack", key, label, seed, (fit, clean), use, use.label))
+    attacks = _attack_steps(recipe, variant, seed, (fit, clean), common, attack_keys, source_hash)
+    steps += attacks
+    if evaluate.audit:
+        read = (clean, *(step.key for step in attacks))
+        key = content_key(kind="audit", **common, threat=threat, count=evaluate.audit, steps=sorted(read))
+        steps.append(Step("audit", key, label, seed, (fit, *read), description="audit by AutoAttack"))
     if evaluate.eps_curve:
-        key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve)
+        key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve, **_rounding(recipe))
         steps.append(Step("curve", key, label, seed, (fit, clean), description="security curve"))
     # The parent is the surrogate whose adversarial images are tried on its child.
     key = content_key(kind="checks", **common, threat=threat, surrogate=made.parents)
     steps.append(Step("checks", key, label, seed, (fit, clean, *made.parents), description="sanity checks"))
+    steps += _certify_steps(recipe, steps, common, source_hash)
+    if evaluate.corruptions:
+        key = content_key(kind="corruptions", model=fit, examples=evaluate.examples)
+        steps.append(Step("corruptions", key, label, seed, (fit,), description="common corruptions"))
     return steps
+
+
+def _attack_steps(
+    recipe: Recipe,
+    variant: VariantSpec,
+    seed: int,
+    parents: tuple[str, str],
+    common: Mapping[str, object],
+    attack_keys: AttackKeys,
+    source_hash: SourceHash,
+) -> list[Step]:
+    """Return a step for each attack, and note its key; `attack_keys` has those of the variants before."""
+    found = []
+    for use in recipe.evaluate.attacks:
+        relative = attack_keys.get((variant.parent, seed, use.label)) if use.name in PROBED else None
+        key = content_key(
+            kind="attack",
+            **common,
+            threat=_threat(recipe.threat),
+            gallery=recipe.evaluate.gallery,
+            attack=_identity("attack", use, source_hash),
+            **_rounding(recipe),
+            **({"probes": relative} if relative else {}),
+        )
+        attack_keys[variant.label, seed, use.label] = key
+        wants = (relative,) if relative else ()
+        found.append(Step("attack", key, variant.label, seed, parents, use, use.label, wants))
+    return found
+
+
+def _rounding(recipe: Recipe) -> dict[str, object]:
+    """Return what rounding adds to a key: nothing where there is none, so that older results stay valid."""
+    return {"quantize_input": True} if recipe.evaluate.quantize_input else {}
+
+
+def _certify_steps(
+    recipe: Recipe, steps: list[Step], common: Mapping[str, object], source_hash: SourceHash
+) -> list[Step]:
+    """Return a step for each certificate, and one that holds them against the attacks among `steps`."""
+    clean = next(step for step in steps if step.kind == "clean")
+    found = []
+    for use in recipe.evaluate.certify:
+        certificate = _identity("certificate", use, source_hash)
+        key = content_key(kind="certify", **common, threat=_threat(recipe.threat), certificate=certificate)
+        found.append(
+            Step(
+                "certify", key, clean.variant, clean.seed, (*clean.parents, clean.key), use, f"certificate {use.label}"
+            )
+        )
+    if found:
+        read = (clean.key, *(step.key for step in (*steps, *found) if step.kind in ("attack", "certify")))
+        key = content_key(kind="soundness", steps=sorted(read))
+        found.append(
+            Step("soundness", key, clean.variant, clean.seed, read, description="certificates against attacks")
+        )
+    return found
 
 
 def _latency_step(recipe: Recipe, fit_keys: Mapping[tuple[str, int], str]) -> Step:

@@ -120,8 +120,8 @@ class Reader:
 
 
 def _label(kind: registry.Kind, name: str) -> str:
-    """Return what a use is called without `as`: an attack's label stands in gates and reports, where no path fits."""
-    return name.rpartition(":")[2] if kind == "attack" else name
+    """Return what a use is called without `as`: labels of attacks and certificates stand where no path fits."""
+    return name.rpartition(":")[2] if kind in ("attack", "certificate") else name
 
 
 def _kind(value: object) -> str:

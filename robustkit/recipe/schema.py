@@ -35,17 +35,20 @@ TOP = (
     "plugins",
 )
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
-DEFAULT_ATTACKS: tuple[Any, ...] = ("noise", "fgsm", {"pgd": {"steps": 20, "restarts": 2}})
+DEFAULT_ATTACKS: tuple[Any, ...] = ("noise", "fgsm", {"pgd": {"steps": 20}}, "cascade")
 
 
 class EvaluateInput(Plain):
-    """`evaluate:` without its attacks."""
+    """`evaluate:` without its plugins."""
 
     examples: PositiveInt | None = None
     batch_size: PositiveInt = 256
     eps_curve: tuple[NonNegativeFloat, ...] = ()
     latency: bool = True
     gallery: Annotated[int, Field(ge=0, le=64, strict=True)] = 8
+    corruptions: bool = False
+    audit: Annotated[int, Field(ge=0, strict=True)] = 0
+    quantize_input: bool = False
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -123,25 +126,41 @@ def _required(reader: Reader, kind: registry.Kind, top: dict[str, Any]) -> Use |
 
 
 def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec:
-    given = reader.mapping(("evaluate",), value, (*EvaluateInput.model_fields, "attacks"))
-    plain = reader.model(EvaluateInput, ("evaluate",), {key: item for key, item in given.items() if key != "attacks"})
+    plugins = ("attacks", "certify")
+    given = reader.mapping(("evaluate",), value, (*EvaluateInput.model_fields, *plugins))
+    plain = reader.model(EvaluateInput, ("evaluate",), {key: item for key, item in given.items() if key not in plugins})
     attacks = reader.uses("attack", ("evaluate", "attacks"), given.get("attacks", list(DEFAULT_ATTACKS)))
-    for number, use in enumerate(attacks):
-        if use.label in (*ACCURACIES, *SIZES) or not SAFE_NAME.fullmatch(use.label):
-            hint = f"give it another one: {{{use.name!r}: {{as: other-name}}}}"
-            reader.problem(("evaluate", "attacks", number), f"{use.label!r} cannot be an attack's label", hint)
+    certify = reader.uses("certificate", ("evaluate", "certify"), given.get("certify"))
+    _check_labels(reader, "attacks", "an attack's", attacks, (*ACCURACIES, *SIZES))
+    taken = (*ACCURACIES, *SIZES, *(use.label for use in attacks))
+    _check_labels(reader, "certify", "a certificate's", certify, taken)
+    if plain is not None and plain.audit and threat.norm == "l0":
+        reader.problem(
+            ("evaluate", "audit"), "AutoAttack works under linf, l2 or l1; the threat is l0", "leave audit out"
+        )
     if plain is None:
-        return EvaluateSpec(attacks=attacks)
+        return EvaluateSpec(attacks=attacks, certify=certify)
     for number, eps in enumerate(plain.eps_curve):
         if threat.norm == "linf" and eps > 1:
             message = f"eps is in [0, 1] pixel units, not {eps:g}"
             reader.problem(("evaluate", "eps_curve", number), message, f"did you mean {eps:g}/255?")
-    return EvaluateSpec(attacks=attacks, **plain.model_dump())
+        if threat.norm == "l0" and eps % 1:
+            message = f"eps of l0 is how many values may change, not {eps:g}"
+            reader.problem(("evaluate", "eps_curve", number), message, "a whole number")
+    return EvaluateSpec(attacks=attacks, certify=certify, **plain.model_dump())
+
+
+def _check_labels(reader: Reader, key: str, whose: str, uses: Sequence[Use], taken: Sequence[str]) -> None:
+    """Note each label that stands for something else in gates, or that no gate could name."""
+    for number, use in enumerate(uses):
+        if use.label in taken or not SAFE_NAME.fullmatch(use.label):
+            hint = f"give it another one: {{{use.name!r}: {{as: other-name}}}}"
+            reader.problem(("evaluate", key, number), f"{use.label!r} cannot be {whose} label", hint)
 
 
 def _gates(reader: Reader, value: object, evaluate: EvaluateSpec) -> tuple[GateSpec, ...]:
     items = value if isinstance(value, list) else [] if value is None else [value]
-    metrics = (*ACCURACIES, *SIZES, *(use.label for use in evaluate.attacks))
+    metrics = (*ACCURACIES, *SIZES, *(use.label for use in (*evaluate.attacks, *evaluate.certify)))
     found = []
     for number, item in enumerate(items):
         path: tuple[str | int, ...] = ("gates", number) if isinstance(value, list) else ("gates",)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Norm = Literal["linf", "l2", "l1"]
+Norm = Literal["linf", "l2", "l1", "l0"]
 EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective")
 """Hooks of a defense that only one defense of a variant may own."""
 
@@ -27,7 +27,7 @@ class Use(Spec):
 
 
 class ThreatSpec(Spec):
-    """Norm and budget of the adversary; eps in [0, 1] pixel units."""
+    """Norm and budget of the adversary; eps in [0, 1] pixel units, under l0 the number of values that may change."""
 
     norm: Norm = "linf"
     eps: float = 8 / 255
@@ -79,6 +79,12 @@ class EvaluateSpec(Spec):
     eps_curve: tuple[float, ...] = ()
     latency: bool = True
     gallery: int = 8
+    certify: tuple[Use, ...] = ()
+    corruptions: bool = False
+    audit: int = 0
+    """So many of the examples that withstand every attack meet AutoAttack-standard."""
+    quantize_input: bool = False
+    """Adversarial images are rounded to 8 bits before they are judged."""
 
 
 class GateSpec(Spec):

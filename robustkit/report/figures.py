@@ -143,20 +143,27 @@ def tradeoff(results: Results) -> Figure | None:
 
 
 def security_curves(results: Results) -> Figure | None:
-    """Accuracy against eps with bands; random noise of the same size dashed; the threat's eps as a line."""
-    if not any(row.curves for row in results.variants):
+    """Accuracy against eps with bands; random noise of the same size dashed; the threat's eps as a line.
+
+    Of minimum-norm attacks the whole curve, in steps, as their distances give it.
+    """
+    if not any(row.curves or row.distances for row in results.variants):
         return None
     figure, (axes,) = _figure(8.6, 4.2)
     looks = colours(results)
     for row in results.variants:
         for curve in row.curves:
             _curve(axes, row, curve, looks[row.name][0])
+        for found in row.distances.values():
+            accuracy = [100 * share for share in found.accuracy]
+            axes.step(found.eps, accuracy, where="post", color=looks[row.name][0], lw=1.2, ls="-.", label=row.name)
     eps = results.threat.get("eps")
     if isinstance(eps, int | float):
         axes.axvline(float(eps), color="black", lw=0.8, ls=":")
         axes.annotate(f" eps {eps:.3g}", (float(eps), 101), fontsize=8, annotation_clip=False)
     axes.set_ylim(-2, 102)
-    axes.set_xlabel(f"eps ({results.threat.get('norm', '')}, of the range [0, 1])")
+    unit = "changed values" if results.threat.get("norm") == "l0" else "of the range [0, 1]"
+    axes.set_xlabel(f"eps ({results.threat.get('norm', '')}, {unit})")
     axes.set_ylabel("accuracy (%)")
     _legend(axes, len(looks))
     return figure

@@ -13,9 +13,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from robustkit.report.gallery import Picture
 from robustkit.report.tables import (
+    CERTIFIED_HEAD,
     attack_labels,
+    beside,
+    beside_head,
+    certificate_labels,
+    certified_rows,
+    corruption_names,
+    corruption_rows,
     count_text,
     display_name,
+    distance_rows,
+    eps_text,
     failed_name,
     gate_text,
     latency_text,
@@ -32,14 +41,27 @@ from robustkit.report.tables import (
 from robustkit.report.verdict import verdict
 from robustkit.results import Results, VariantResult
 
+DISTANCE_HEAD = ("variant", "attack", "norm", "median", "found")
 CAPTIONS = {
     "tradeoff": "Worst case against clean accuracy, with 95 % intervals; arrows lead from a parent to its child.",
-    "curves": "Security curves: accuracy under PGD as eps grows, with 95 % bands; dashed: random noise of that size.",
+    "curves": "Security curves: accuracy under PGD as eps grows, with 95 % bands; dashed: random noise of that size; "
+    "dash-dotted steps: the whole curve of a minimum-norm attack, from its distances.",
     "size": "Worst case against size and speed; ringed: the Pareto front of worst case and gzipped bytes.",
     "attacks": "Accuracy (%) under each attack; outlined: the strongest attack of each row.",
     "classes": "Worst-case accuracy (%) of each class; outlined: the worst class of each row.",
     "training": "Training: loss, clean and attacked accuracy on the validation split.",
 }
+
+CERTIFIED_NOTE = (
+    "Certified accuracy is a lower bound of robust accuracy, the worst case over attacks an upper one; the truth lies "
+    "between the two where both are of the same classifier. Randomized smoothing certifies the smoothed classifier, "
+    "which answers by a vote under noise, and not the model that the attacks are on. The radius is in the norm of the "
+    "threat for interval and in l2 for randomized smoothing, 0 where the label is not certain."
+)
+CORRUPTIONS_NOTE = (
+    "Accuracy (%) under noise, blur, weather and digital corruptions, the mean of severities 1 to 5 (after Hendrycks & "
+    "Dietterich 2019); the same corrupted images for every variant. No adversary is involved."
+)
 
 
 def context(
@@ -52,6 +74,8 @@ def context(
         "name": results.name or run.name,
         "rows": rows,
         "labels": attack_labels(results),
+        "proven": certificate_labels(results),
+        "corrupted": corruption_names(results),
         "verdict": verdict(results),
         "spreads": spreads(results),
         "seeds": multiple_seeds(results),
@@ -63,6 +87,9 @@ def context(
         "failures": [(failed_name(one, results), one.message) for one in results.failures],
         "flags": [(row, flag) for row in rows for flag in row.flags],
         "notes": [(row, note) for row in rows for note in row.notes],
+        "distances": distance_rows(results),
+        "certified": certified_rows(results),
+        "corruptions": corruption_rows(results),
         "sparse": [row for row in rows if row.sparsity > 0.001],
         "provenance": list(_flat(results.provenance)),
         "worst_class": worst_class,
@@ -118,8 +145,12 @@ def _environment() -> Environment:
         "count": count_text,
         "paired": paired_text,
         "gate": gate_text,
+        "eps": eps_text,
     }
     environment.globals |= {"latency": latency_text, "display": display_name, "within_noise": within_noise}
+    environment.globals |= {"beside": beside, "beside_head": beside_head}
+    environment.globals |= {"certified_head": CERTIFIED_HEAD, "certified_note": CERTIFIED_NOTE}
+    environment.globals |= {"corruptions_note": CORRUPTIONS_NOTE}
     return environment
 
 
@@ -132,6 +163,8 @@ def to_markdown(values: Mapping[str, Any]) -> str:
     """Return the same content in Markdown."""
     results: Results = values["results"]
     parts = [f"# {values['name']}", "", *values["verdict"], ""]
+    if results.threat.get("quantize_input"):
+        parts += ["Adversarial images were rounded to 8 bits before they were judged.", ""]
     if results.gates:
         cells = [[gate.text, gate.verdict, gate_text(gate)] for gate in results.gates]
         parts += ["## Gates", "", plain_rows(["gate", "verdict", "measured"], cells), ""]
@@ -153,6 +186,10 @@ def to_markdown(values: Mapping[str, Any]) -> str:
         ]
         head = ["variant", "seeds", "clean", "sd", "worst", "sd"]
         parts += ["## Over seeds", "", plain_rows(head, cells), ""]
+    if values["distances"]:
+        cells = [list(row) for row in values["distances"]]
+        parts += ["## Minimal distances", "", plain_rows(DISTANCE_HEAD, cells), ""]
+    parts += _certified(values) + _corruptions(values)
     parts += ["## Figures", "", *[f"![{CAPTIONS[name]}](figures/{name}.svg)\n" for name in values["figures"]]]
     if values["flags"]:
         cells = [[display_name(row, results), flag.severity, flag.id, flag.message] for row, flag in values["flags"]]
@@ -170,7 +207,19 @@ def to_markdown(values: Mapping[str, Any]) -> str:
 
 def _summary(values: Mapping[str, Any]) -> str:
     results: Results = values["results"]
-    head = ["variant", "method", "clean", *values["labels"], "worst", "vs parent", "p", "non-zero", "bytes", "gzip"]
+    extra = (values["proven"], bool(values["corrupted"]))
+    head = [
+        "variant",
+        "method",
+        "clean",
+        *values["labels"],
+        "worst",
+        *beside_head(*extra),
+        "vs parent",
+        "p",
+        "non-zero",
+    ]
+    head += ["bytes", "gzip"]
     head += ["MACs", "batch 1", "batch 256"]
     cells = []
     for row in values["rows"]:
@@ -179,9 +228,22 @@ def _summary(values: Mapping[str, Any]) -> str:
         p = f"{row.versus_parent.p:.2g}" if row.versus_parent else ""
         sizes = [count_text(row.nonzero), size_text(row.bytes), size_text(row.gzip_bytes), count_text(row.macs)]
         latencies = [latency_text(row, "batch_1"), latency_text(row, "batch_256")]
-        accuracies = [rate_text(row.clean), *attacks, f"**{rate_text(row.worst)}**", paired_text(row.versus_parent)]
-        cells.append([name, row.method, *accuracies, p, *sizes, *latencies])
+        accuracies = [rate_text(row.clean), *attacks, f"**{rate_text(row.worst)}**", *beside(row, *extra)]
+        cells.append([name, row.method, *accuracies, paired_text(row.versus_parent), p, *sizes, *latencies])
     return plain_rows(head, cells)
+
+
+def _certified(values: Mapping[str, Any]) -> list[str]:
+    if not values["certified"]:
+        return []
+    return ["## Certified accuracy", "", CERTIFIED_NOTE, "", plain_rows(CERTIFIED_HEAD, values["certified"]), ""]
+
+
+def _corruptions(values: Mapping[str, Any]) -> list[str]:
+    if not values["corruptions"]:
+        return []
+    head = ["variant", "clean", "mean", *values["corrupted"]]
+    return ["## Common corruptions", "", CORRUPTIONS_NOTE, "", plain_rows(head, values["corruptions"]), ""]
 
 
 def _cost(values: Mapping[str, Any]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from robustkit import stats
 from robustkit.results import GateResult, Latency, Paired, Rate, Results, StepFailure, VariantResult
@@ -70,6 +71,61 @@ def attack_labels(results: Results) -> list[str]:
     return list(dict.fromkeys(label for row in results.variants for label in row.attacks))
 
 
+def certificate_labels(results: Results) -> list[str]:
+    """Return the certificates of a run in the order of the recipe."""
+    return list(dict.fromkeys(label for row in results.variants for label in row.certified))
+
+
+def corruption_names(results: Results) -> list[str]:
+    """Return the corruptions that a run measured."""
+    found = [row.corruptions.by for row in results.variants if row.corruptions]
+    return list(dict.fromkeys(name for by in found for name in by))
+
+
+def beside(row: VariantResult, labels: Sequence[str], corrupted: bool) -> list[str]:
+    """Return what stands beside the worst case: certified accuracies, and the mean over corruptions where measured."""
+    cells = [rate_text(row.certified[label]) if label in row.certified else "" for label in labels]
+    return cells + ([rate_text(row.corruptions.mean) if row.corruptions else ""] if corrupted else [])
+
+
+def beside_head(labels: Sequence[str], corrupted: bool) -> list[str]:
+    """Return the heads of the columns that `beside` fills."""
+    return [f"certified ({label})" for label in labels] + (["corrupted"] if corrupted else [])
+
+
+def certified_rows(results: Results) -> list[list[str]]:
+    """Return a row for each variant and certificate: what is certified, of which classifier, with how many doubts."""
+    return [
+        [
+            display_name(row, results),
+            label,
+            "the smoothed classifier" if rate.smoothed else "the model",
+            rate_text(rate),
+            rate_text(row.worst),
+            rate_text(rate.clean) if rate.clean else "",
+            f"{rate.radius:.3g}",
+            str(rate.abstained),
+        ]
+        for row in tree_order(results)
+        for label, rate in row.certified.items()
+    ]
+
+
+CERTIFIED_HEAD = ("variant", "certificate", "of", "certified", "worst case", "its clean", "median radius", "abstained")
+
+
+def corruption_rows(results: Results) -> list[list[str]]:
+    """Return a row for each variant: its mean over corruptions, and over the severities of each."""
+    names = corruption_names(results)
+    rows = []
+    for row in tree_order(results):
+        if row.corruptions:
+            by = row.corruptions.by
+            means = [percent(sum(by[name]) / len(by[name])) if by.get(name) else "" for name in names]
+            rows.append([display_name(row, results), percent(row.clean.value), rate_text(row.corruptions.mean), *means])
+    return rows
+
+
 def multiple_seeds(results: Results) -> bool:
     """Say whether variants were run under more than one seed."""
     return len({row.seed for row in results.variants}) > 1
@@ -132,6 +188,27 @@ def spreads(results: Results) -> list[Spread]:
     return found
 
 
+def distance_rows(results: Results) -> list[tuple[str, str, str, str, str]]:
+    """Return variant, attack, norm, median distance and share found of each minimum-norm attack."""
+    return [
+        (
+            display_name(row, results),
+            label,
+            found.norm,
+            "not reached" if found.median is None else f"{found.median:.4g}",
+            f"{percent(found.found)} %",
+        )
+        for row in tree_order(results)
+        for label, found in row.distances.items()
+    ]
+
+
+def eps_text(threat: Mapping[str, Any]) -> str:
+    """Return a threat as `linf, eps 0.1 of [0, 1]`."""
+    unit = "changed values" if threat["norm"] == "l0" else "of [0, 1]"
+    return f"{threat['norm']}, eps {threat['eps']:.4g} {unit}"
+
+
 def gate_text(gate: GateResult) -> str:
     """Return the two sides of a gate as measured."""
     if gate.left < 0 and gate.right < 0:
@@ -146,16 +223,24 @@ def to_csv(results: Results) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     head = ["name", "seed", "parent", "method", "clean", "clean_low", "clean_high", "worst", "worst_low", "worst_high"]
     head += [f"attack:{label}" for label in labels]
+    measured = list(dict.fromkeys(label for row in results.variants for label in row.distances))
+    head += [f"median_distance:{label}" for label in measured]
+    proven = certificate_labels(results)
+    head += [*(f"certified:{label}" for label in proven), *(["corrupted"] if corruption_names(results) else [])]
     head += ["n", "parameters", "nonzero", "sparsity", "bytes", "gzip_bytes", "macs", "latency_batch_1_ms"]
     head += ["latency_batch_256_ms", "forwards", "backwards", "seconds", "train_seconds", "flags"]
     writer.writerow(head)
     for row in results.variants:
         attacks = [row.attacks[label].value if label in row.attacks else "" for label in labels]
+        found = [row.distances[label].median if label in row.distances else None for label in measured]
         writer.writerow(
             [
                 *map(_cell, [row.name, row.seed, row.parent or "", row.method]),
                 *[row.clean.value, row.clean.low, row.clean.high, row.worst.value, row.worst.low, row.worst.high],
                 *attacks,
+                *["" if median is None else median for median in found],
+                *[row.certified[label].value if label in row.certified else "" for label in proven],
+                *([row.corruptions.mean.value if row.corruptions else ""] if corruption_names(results) else []),
                 *[row.clean.n, row.parameters, row.nonzero, row.sparsity, row.bytes, row.gzip_bytes, row.macs],
                 *[row.latency_ms.get("batch_1", ""), row.latency_ms.get("batch_256", "")],
                 *[row.forwards, row.backwards, row.seconds, row.train_seconds],

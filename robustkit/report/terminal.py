@@ -8,7 +8,12 @@ from rich.text import Text
 
 from robustkit.report.tables import (
     attack_labels,
+    beside,
+    beside_head,
+    certificate_labels,
+    corruption_names,
     display_name,
+    distance_rows,
     failed_name,
     gate_text,
     paired_text,
@@ -32,6 +37,8 @@ def summary(results: Results, width: int = 160) -> Table:
     table.add_column("variant", no_wrap=not narrow)
     for name in ("clean", *(() if narrow else labels), "worst"):
         table.add_column(name, justify="right", no_wrap=True)
+    for name in () if narrow else beside_head(certificate_labels(results), bool(corruption_names(results))):
+        table.add_column(name, justify="right")
     table.add_column("vs parent", no_wrap=not narrow)
     if not narrow:
         for name in ("nonzero", "gzip", "latency"):
@@ -49,6 +56,8 @@ def _cells(row: VariantResult, results: Results, labels: list[str], narrow: bool
     if not narrow:
         cells += [Text(percent(row.attacks[label].value) if label in row.attacks else "") for label in labels]
     cells.append(Text(rate_text(row.worst), style="bold"))
+    if not narrow:
+        cells += map(Text, beside(row, certificate_labels(results), bool(corruption_names(results))))
     cells.append(Text(paired_text(row.versus_parent)))
     if not narrow:
         latency = row.latency_ms.get("batch_1")
@@ -75,6 +84,8 @@ def print_summary(results: Results, console: Console) -> None:
     console.print()
     for sentence in verdict(results):
         _line(console, sentence)
+    for name, label, norm, median, found in distance_rows(results):
+        _line(console, f"{name}: median {norm} distance {median} under {label}, found for {found}")
     for gate in results.gates:
         style = "green" if gate.holds else "bold red"
         _line(console, f"gate {gate.verdict}: {gate.text}  ({gate_text(gate)})", style)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,20 @@ from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.reporting import default_of, trained_steps, training_of
 from robustkit.missing import latency_key
+from robustkit.recipe.cost import autoattack_passes, one_attack_passes, parameter_of
+from robustkit.recipe.facts import facts_of
 from robustkit.recipe.plan import Step
+from robustkit.recipe.spec import Use
 from robustkit.seeding import derive_seed
+from robustkit.store import Partial
 from robustkit.workbench import MODEL, Workbench, threat_of
 
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"
+FOOLING = "fooling.npz"
+"""What an attack found of every example, rounded to 8 bits: the first probe of the variant's children."""
+LONG = 30.0
+"""Seconds from which an attack is worth an estimate."""
 CURVE_STEPS = 10
 CURVE_TRIES = 4
 
@@ -58,27 +66,67 @@ def attack_step(bench: Workbench, step: Step) -> None:
     assert step.use is not None
     model, test = bench.model(step.parents[0]), bench.test()
     attack = bench.create("attack", step.use)
+    clean = _read_outcome(bench, step.parents[1])
+    _estimate(bench, step.use, clean)
+    shown = min(bench.recipe.evaluate.gallery, len(test))
+    followed = any(step.key in other.wants for other in bench.plan.steps)
     outcome = attack_outcome(
         model,
         test.images,
         test.labels,
         attack,  # type: ignore[arg-type]
         threat_of(bench.recipe.threat),
-        clean=_read_outcome(bench, step.parents[1]),
+        clean=clean,
         seed=derive_seed(step.seed, step.key, "attack"),
         label=step.use.name,
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
-        keep=bench.recipe.evaluate.gallery,
-        on_progress=bench.progress,
+        keep=len(test) if followed else shown,
+        probes=_probes(bench, step, test.images),
+        quantize_input=bench.recipe.evaluate.quantize_input,
+        on_progress=bench.attacked,
+        checkpoint=Partial(bench.store, step.key),
     )
     files: tuple[str, ...] = (OUTCOME,)
-    if outcome.adversarial is not None and len(outcome.adversarial):
-        _write_gallery(bench, step, model, outcome.adversarial)
-        files = (OUTCOME, GALLERY)
+    if outcome.adversarial is not None and shown:
+        _write_gallery(bench, step, model, outcome.adversarial[:shown])
+        files = (*files, GALLERY)
+    if outcome.adversarial is not None and followed:
+        levels = (255 * outcome.adversarial).round().to(torch.uint8)
+        bench.store.write_arrays(step.key, FOOLING, {"images": levels.numpy()})
+        files = (*files, FOOLING)
     notes = [str(note) for note in getattr(attack, "notes", ())]
     expected = bool(getattr(attack, "minimum_norm", False))
     _finish_outcome(bench, step, outcome, {"notes": notes, "minimum_norm": expected}, files)
+
+
+def _estimate(bench: Workbench, use: Use, clean: Outcome) -> None:
+    """Say what an attack costs at most before it starts, where that may be long."""
+    classes = len(bench.any_dataset().classes)
+    facts = replace(facts_of(bench.recipe), classes=classes)
+    passes = one_attack_passes(use, parameter_of(bench.recipe), facts)
+    each = clean.seconds / max(1, clean.forwards)
+    images = int(clean.correct.sum())
+    if passes * each * images >= LONG:
+        bench.events(
+            "estimate",
+            {
+                "passes": passes,
+                "seconds": passes * each * images,
+                "autoattack_passes": autoattack_passes(classes),
+                "autoattack_seconds": autoattack_passes(classes) * each * images,
+            },
+        )
+
+
+def _probes(bench: Workbench, step: Step, clean: Tensor) -> Tensor | None:
+    """Return what fooled the parent, like the clean images (N, C, H, W), as far as it is there."""
+    for key in step.wants:
+        record = bench.store.record(key)
+        if record is not None and FOOLING in record["files"]:
+            images = torch.from_numpy(bench.store.read_arrays(key, FOOLING)["images"])
+            return images if images.shape == clean.shape else None
+    return None
 
 
 def _write_gallery(bench: Workbench, step: Step, model: nn.Module, adversarial: Tensor) -> None:
@@ -112,6 +160,8 @@ def _finish_outcome(
         "distance": outcome.distance,
         "labels": bench.test().labels.cpu().numpy(),
     }
+    if outcome.minimal_distance is not None:
+        arrays["minimal_distance"] = outcome.minimal_distance
     bench.store.write_arrays(step.key, OUTCOME, arrays)
     record = {
         "forwards": outcome.forwards,
@@ -157,6 +207,7 @@ def curve_step(bench: Workbench, step: Step) -> None:
             seed=derive_seed(step.seed, step.key, name),
             batch_size=recipe.evaluate.batch_size,
             device=bench.device,
+            quantize_input=recipe.evaluate.quantize_input,
         )
         for name, attack in attacks.items()
     }

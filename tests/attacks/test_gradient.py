@@ -9,11 +9,12 @@ import torch
 from oracles import digits, half_space, softmax_regression
 from torch import Tensor, nn
 
+from robustkit.attacks.apgd import Apgd
 from robustkit.attacks.counting import CountedModel
 from robustkit.attacks.gradient import Fgsm, Pgd, fgsm, pgd
 from robustkit.attacks.losses import cross_entropy, margin, margin_to, wrong_classes
 from robustkit.attacks.noise import Noise
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, UsageError
 
 THREAT = Threat("linf", 0.05)
@@ -159,6 +160,21 @@ def test_attacks_work_under_no_grad_and_leave_no_gradient_behind() -> None:
     assert not torch.equal(found, x)
     assert not torch.equal(single, x)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("attack", [Fgsm(), Pgd(steps=10, loss="ce", random_start=False), Apgd(steps=20)])
+def test_a_sure_model_does_not_stall_l2_steps_up_the_cross_entropy(attack: Attack) -> None:
+    """At a margin of 60 the gradient is about 1e-25: the squares of its entries are zero in float32."""
+    direction = torch.randn(16, generator=generator())
+    direction = 150 * direction / direction.norm()
+    x = torch.full((4, 16), 0.5) + 0.02 * torch.randn(4, 16, generator=generator(1))
+    model = nn.Linear(16, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([torch.zeros(16), direction]))
+        model.bias.copy_(torch.stack([direction.sum() / 2 + 60, torch.zeros(())]))
+    assert (model(x)[:, 0] - model(x)[:, 1]).min() > 40
+    found = attack(model, x, torch.zeros(4, dtype=torch.int64), Threat("l2", 0.5), generator=generator())
+    assert (model(found).argmax(1) == 1).all()
 
 
 def test_nan_logits_are_not_success() -> None:

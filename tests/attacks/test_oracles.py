@@ -70,6 +70,21 @@ def test_l1_is_exact_on_real_digits(eps: float) -> None:
     assert found.projected == 0
 
 
+@pytest.mark.parametrize("eps", [1, 2, 3])
+def test_l0_is_exact_on_real_digits(eps: int) -> None:
+    x, y = digits()
+    model = softmax_regression()
+    left = slack(model, x, y, "l0", eps)
+    clean, found = attacked(model, x, y, Pgd(steps=10, restarts=10), Threat("l0", eps))
+    clear = np.abs(left) > 1e-5
+    assert clear.sum() > 1790
+    assert (found.correct[clear] == (clean.correct & (left > 0))[clear]).all()
+    assert found.projected == 0
+    _, single = attacked(model, x, y, Fgsm(loss="margin"), Threat("l0", eps))
+    assert not (~single.correct & clean.correct & (left > 0))[clear].any(), "stronger than is possible"
+    assert single.rate.value < found.rate.value + 0.05
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_one_margin_restart_is_nearly_exact_and_never_too_strong(norm: str) -> None:
     x, y = digits()

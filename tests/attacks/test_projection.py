@@ -11,7 +11,7 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from robustkit.attacks import draws
-from robustkit.attacks.projection import project_, random_extreme, random_start, within
+from robustkit.attacks.projection import l2_direction, project_, random_extreme, random_start, within
 from robustkit.attacks.threat import Threat
 from robustkit.errors import UsageError
 from robustkit.evaluation.attacked import distances
@@ -85,6 +85,14 @@ def _closest(x: np.ndarray, far: np.ndarray, norm: str, eps: float) -> np.ndarra
     return np.asarray(x + change(solved.x))
 
 
+def test_an_l2_step_is_as_long_however_small_the_gradient_is() -> None:
+    gradient = torch.randn(3, 1, 4, 4, generator=generator())
+    expected = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    for scale in (1e6, 1.0, 1e-12, 1e-25, 1e-36):
+        torch.testing.assert_close(l2_direction(gradient * scale), expected)
+    assert not bool(l2_direction(torch.zeros(2, 1, 4, 4)).any())
+
+
 @norms
 def test_random_draws_use_the_ball(norm: str) -> None:
     x = torch.full((4000, 3), 0.5) + 1e-4 * torch.randn(4000, 3, generator=generator(8))
@@ -126,6 +134,36 @@ def test_draws_have_the_right_distribution() -> None:
         assert abs(np.corrcoef(one.flatten().numpy(), other.flatten().numpy())[0, 1]) < 0.02
     similar = draws.uniform(torch.stack([x[0], x[0] + 1e-6]), source)
     assert abs(np.corrcoef(similar.numpy())[0, 1]) < 0.2
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=st.sampled_from(SHAPES), eps=st.integers(0, 12), spread=st.floats(0, 3), seed=st.integers(0, 2**20))
+def test_under_l0_the_closest_image_has_the_values_that_go_farthest(
+    shape: tuple[int, ...], eps: int, spread: float, seed: int
+) -> None:
+    x = torch.rand(shape, generator=generator(seed), dtype=torch.float64)
+    far = x + spread * torch.randn(shape, generator=generator(seed + 1), dtype=torch.float64)
+    found = within(x, far, Threat("l0", eps))
+    assert (distances(found - x, "l0") <= eps).all()
+    # Changing a value saves (far - x)^2 - (far - nearest)^2, each by itself: the largest savings are the best.
+    saved = ((far - x).square() - (far - far.clamp(0, 1)).square()).flatten(1).sort(1, descending=True).values
+    expected = (far - x).square().flatten(1).sum(1) - saved[:, :eps].sum(1)
+    torch.testing.assert_close((far - found).square().flatten(1).sum(1), expected)
+    ball = project_((far - x).clone(), Threat("l0", eps))
+    assert (distances(ball, "l0") <= eps).all()
+    assert ((ball == 0) | (ball == far - x)).all()
+
+
+def test_random_images_under_l0_have_as_many_new_values_as_the_budget_allows() -> None:
+    x = 0.25 + torch.rand(1700, 1, 4, 4, generator=generator(1)) / 2
+    eps = torch.arange(1700) % 17
+    for draw in (random_start, random_extreme):
+        found = draw(x, Threat("l0", eps), generator())
+        assert torch.equal(distances(found - x, "l0"), eps.float())
+        changed = (found != x).float()[eps == 8].mean(0)
+        assert (changed - 0.5).abs().max() < 0.25, "some values are drawn more than others"
+        assert torch.equal(draw(x[7:9], Threat("l0", eps[7:9]), generator()), found[7:9])
+    assert set(found[found != x].tolist()) == {0.0, 1.0}
 
 
 def test_a_threat_says_what_is_wrong_with_its_eps() -> None:

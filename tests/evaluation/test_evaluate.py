@@ -127,7 +127,7 @@ def test_numpy_and_bytes_are_images_too(images: tuple[Tensor, Tensor]) -> None:
         ({"y": torch.rand(20)}, "class numbers"),
         ({"y": torch.full((20,), 7)}, "the model has 2 classes"),
         ({"x": torch.zeros(0, 1, 4, 4), "y": torch.zeros(0, dtype=torch.int64)}, "no images"),
-        ({"attacks": ["pdg"]}, "did you mean 'pgd'"),
+        ({"attacks": ["pdg"]}, "did you mean .*'pgd'"),
         ({"attacks": [{"pgd": {"stesp": 1}}]}, "did you mean 'steps'"),
         ({"attacks": [{"pgd": {"steps": "many"}}]}, "steps"),
         ({"attacks": ["pgd", "pgd"]}, "another label"),

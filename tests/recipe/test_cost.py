@@ -20,17 +20,21 @@ from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Threat
 from robustkit.attacks.torchattacks_cost import RULES
 from robustkit.attacks.torchattacks_table import PROFILES
+from robustkit.data.corruptions import CORRUPTIONS
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.certified import certified_outcome
 from robustkit.evaluation.checks import EXAMPLES, preflight, probes
+from robustkit.evaluation.corrupted import corruption_outcome
 from robustkit.evaluation.curve import security_curve
 from robustkit.recipe import cost
 from robustkit.recipe.facts import facts_of
+from robustkit.recipe.norms import ATTACK_NORMS
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import Recipe, Use
 from robustkit.steps import evaluate
 
 CPU = torch.device("cpu")
-EPS = {"linf": 0.1, "l2": 1.0, "l1": 5.0}
+EPS = {"linf": 0.1, "l2": 1.0, "l1": 5.0, "l0": 3}
 IMAGES = 2
 QUICK: dict[str, list[dict[str, Any]]] = {
     "SPSA": [{"nb_iter": 2}, {"nb_sample": 10, "max_batch_size": 4}],
@@ -60,6 +64,7 @@ QUICK: dict[str, list[dict[str, Any]]] = {
 EARLY = {"CW", "EADL1", "EADEN", "BIM"}
 """They may stop before their last step, or count their own steps."""
 SLOW = {"AutoAttack"}
+MINIMUM_NORM = {name: ATTACK_NORMS[name] for name in sorted(cost.MINIMUM_NORM)}
 CASES = [
     pytest.param(name, given, marks=[pytest.mark.slow] if name in SLOW and given else [], id=f"{name}-{number}")
     for name in sorted(PROFILES)
@@ -99,7 +104,7 @@ def read(attacks: list[Any], norm: str = "linf", **evaluation: Any) -> Recipe:
 def parameter(kind: str, use: Use, name: str) -> object:
     if name in use.parameters:
         return use.parameters[name]
-    known = registry.parameters(registry.find("attack", use.name))
+    known = registry.parameters(registry.find("certificate" if kind == "certificate" else "attack", use.name))
     return next((one.default for one in known if one.name == name), None)
 
 
@@ -147,6 +152,17 @@ def test_robustkits_own_attacks_cost_what_is_said(attack: Any) -> None:
     assert counted(use, "linf", 1) == cost.one_attack_passes(use, parameter, facts_of(recipe))
 
 
+@pytest.mark.parametrize(
+    ("attack", "norm"),
+    [*((name, norms[0]) for name, norms in MINIMUM_NORM.items()), ("fmn", "l1"), ("fgsm", "l0"), ("pgd", "l0")],
+)
+def test_attacks_that_never_stop_early_cost_what_is_said(attack: str, norm: str) -> None:
+    for given in ({}, {"steps": 5, "restarts": 3}):
+        recipe = read([{attack: given if attack != "fgsm" else {}}], norm)
+        (use,) = recipe.evaluate.attacks
+        assert counted(use, norm, 1) == cost.one_attack_passes(use, parameter, facts_of(recipe))
+
+
 def passes(run: Callable[[nn.Module], object], images: int) -> float:
     model = CountedModel(Stubborn(1)).eval()
     run(model)
@@ -182,6 +198,36 @@ def test_the_checks_are_counted(images: int) -> None:
     said = cost.attack_passes(read([], examples=images), parameter) - 1
     assert found <= said <= found + 12
     assert cost.attack_passes(read([]), parameter) == pytest.approx(1 + cost.CHECKS * 64 / 450)
+
+
+def test_the_corruptions_are_counted() -> None:
+    x, y = torch.rand(IMAGES, 1, 8, 8), torch.zeros(IMAGES, dtype=torch.int64)
+    found = passes(lambda model: corruption_outcome(model, x, y, tuple(CORRUPTIONS), batch_size=1, device=CPU), IMAGES)
+    plain, corrupted = (cost.attack_passes(read([], corruptions=on), parameter) for on in (False, True))
+    assert found == corrupted - plain == cost.CORRUPTED
+
+
+@pytest.mark.parametrize("use", ["interval", "randomized_smoothing", {"randomized_smoothing": {"n": 7, "n0": 3}}])
+def test_the_certificates_are_counted(use: Any) -> None:
+    x, y = torch.rand(IMAGES, 1, 8, 8), torch.zeros(IMAGES, dtype=torch.int64)
+    recipe = read([], certify=[use])
+    (known,) = recipe.evaluate.certify
+    certificate = registry.create(registry.find("certificate", known.name), known.parameters)
+
+    def run(model: nn.Module) -> None:
+        # A model that counts cannot be traced: what it holds is.
+        judged = model.model if known.name == "interval" else model
+        outcome = certified_outcome(
+            judged, x, y, certificate, Threat("linf", 0.1), seed=0, label="c", batch_size=IMAGES, device=CPU
+        )
+        told.append(outcome.forwards)
+
+    told: list[int] = []
+    counted_passes = passes(run, IMAGES)
+    said = cost.attack_passes(recipe, parameter) - cost.attack_passes(read([]), parameter)
+    assert said == pytest.approx(told[0] / IMAGES)
+    if known.name != "interval":
+        assert counted_passes == pytest.approx(said)
 
 
 def test_what_is_not_known_of_the_data_is_taken_to_be_large() -> None:

@@ -115,6 +115,48 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "not trained",
         "train",
     ),
+    "an unknown certificate": (
+        change("attacks: [fgsm", "certify: intervals\n  attacks: [fgsm"),
+        "14:12",
+        "intervals",
+        "interval",
+    ),
+    "a misspelt parameter of a certificate": (
+        change("attacks: [fgsm", "certify: [randomized_smoothing: {sigmaa: 1}]\n  attacks: [fgsm"),
+        "14:36",
+        "sigmaa",
+        "sigma",
+    ),
+    "a certificate that is never wrong": (
+        change("attacks: [fgsm", "certify: {randomized_smoothing: {alpha: 0}}\n  attacks: [fgsm"),
+        "14:43",
+        "alpha",
+        "greater than 0",
+    ),
+    "two certificates without a list": (
+        change("attacks: [fgsm", "certify: {interval: , randomized_smoothing: }\n  attacks: [fgsm"),
+        "14:12",
+        "name or {name: {parameters}}",
+        "list",
+    ),
+    "a certificate with the label of an attack": (
+        change("attacks: [fgsm", "certify: [interval: {as: fgsm}]\n  attacks: [fgsm"),
+        "14:13",
+        "'fgsm' cannot be a certificate's label",
+        "as: other-name",
+    ),
+    "corruptions in words": (
+        change("attacks: [fgsm", "corruptions: [fog]\n  attacks: [fgsm"),
+        "14:16",
+        "corruptions",
+        "",
+    ),
+    "rounding to how many bits": (
+        change("attacks: [fgsm", "quantize_input: 8\n  attacks: [fgsm"),
+        "14:19",
+        "quantize_input",
+        "",
+    ),
     "zero epochs": (change("epochs: 2", "epochs: 0"), "5:17", "epochs", "0"),
     "half an epoch": (change("epochs: 2", "epochs: 1.5"), "5:17", "epochs", ""),
     "not a number": (change("eps: 0.1", "eps: .nan"), "4:27", "eps", ""),
@@ -152,6 +194,26 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "14:19",
         "torchattacks.PGD works under linf; the threat is l2",
         "torchattacks.PGDL2",
+    ),
+    "a minimum-norm attack of another norm": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, ddn: {steps: 5}]"),
+        "14:19",
+        "ddn works under l2; the threat is linf",
+        "use fmn",
+    ),
+    "an attack that changes values bit by bit under l0": (
+        change("[fgsm, pgd: {steps: 5}]", "[fgsm, cascade]")
+        .replace("[n_fgsm]", "[dropout]")
+        .replace("{norm: linf, eps: 0.1}", "{norm: l0, eps: 3}"),
+        "14:19",
+        "cascade works under linf or l2 or l1; the threat is l0",
+        "use sigma_zero",
+    ),
+    "half a value": (
+        change("[n_fgsm]", "[dropout]").replace("{norm: linf, eps: 0.1}", "{norm: l0, eps: 0.1}"),
+        "4:25",
+        "eps of l0 is how many values may change",
+        "a whole number",
     ),
     "a defense of another norm": (
         change("linf", "l2").replace("    compress", "    train: {}\n    compress"),

@@ -29,6 +29,7 @@ from robustkit.report.verdict import verdict
 from robustkit.report.write import write_report
 from robustkit.results import (
     Curve,
+    Distances,
     EpochRow,
     Flag,
     GateResult,
@@ -63,6 +64,10 @@ def variant(
                 attack="pgd", norm="linf", eps=[0, 0.1], rates=[stats.clopper_pearson(k, 100) for k in (clean, worst)]
             )
         ],
+        "distances": {
+            "ddn": Distances(norm="l2", median=0.123, found=0.9, n=100, eps=[0, 0.1, 0.2], accuracy=[0.8, 0.5, 0.1]),
+            EVIL: Distances(norm="l2", median=None, found=0.25, n=100, eps=[0, 3], accuracy=[0.8, 0.6]),
+        },
         "parameters": 1000,
         "nonzero": 500,
         "bytes": 4000,
@@ -291,6 +296,9 @@ ROW = ("variants", 1)
         ((*ROW, "latency", "batch_1", "median"), math.nan, "latency.batch_1.median"),
         ((*ROW, "latency_ms", "batch_1"), math.inf, "latency_ms.batch_1"),
         ((*ROW, "curves", 0, "rates"), [], "a curve has 2 eps and 0 rates"),
+        ((*ROW, "distances", "ddn", "eps"), [0.5], "distances have 1 eps and 3 accuracies"),
+        ((*ROW, "distances", "ddn", "median"), math.inf, "distances.ddn.median"),
+        ((*ROW, "distances", "ddn", "found"), 1.5, "distances.ddn.found"),
         ((*ROW, "per_class", "worst", "cat"), math.nan, "per_class.worst.cat"),
         ((*ROW, "gzip_bytes"), 10**400, "gzip_bytes: Input should be less than or equal to"),
         ((*ROW, "depth"), 10**9, "depth"),

@@ -1,0 +1,1 @@
+"""Certificates of robustkit: lower bounds of robust accuracy."""

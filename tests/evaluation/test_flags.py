@@ -87,6 +87,13 @@ def test_an_eps_of_zero_and_one_image_are_no_reason_to_fail() -> None:
     assert [flag for flag in found.flags if flag.severity != "note"] == []
 
 
+def test_under_l0_all_is_compared_that_can_be() -> None:
+    few = Threat("l0", 3)
+    assert set(diagnosed(zoo.ZOO["loud"]().model, few)) >= {"P10", "E11"}
+    assert {"P9", "E5"} <= set(diagnosed(zoo.ZOO["killed"]().model, few, surrogate=zoo.fragile()))
+    assert set(diagnosed(zoo.robust(), few).values()) <= {"note"}
+
+
 class First(nn.Module):
     """The first classes alone."""
 

@@ -66,7 +66,7 @@ def diagnose(
         module = as_module(model)
         device = next((one.device for one in module.parameters()), images.device)
         clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
-        other = None if surrogate is None else as_module(surrogate).to(device)
+        other = None if surrogate is None else as_module(surrogate)
         flags = [
             *finite_flags({"clean": clean.not_finite}),
             *preflight(module, images, labels, threat, seed=seed, device=device),

@@ -77,11 +77,12 @@ def curve_flags(curves: Sequence[Curve], classes: int) -> list[Flag]:
         return [Flag(id="E16", severity="note", message=message)]
     found = []
     for curve in attacked:
-        left = min(rate.value for rate in curve.rates)
-        if left > 1 / max(1, classes):
+        left = min(curve.rates, key=lambda rate: rate.value)
+        chance = 1 / max(1, classes)
+        if left.low > chance:
             message = (
-                f"the security curve of {curve.attack} ends with {left:.1%} at eps {max(curve.eps):.4g}, above chance "
-                f"({1 / max(1, classes):.0%}): that nothing stops the attack is not shown; add larger eps to "
+                f"the security curve of {curve.attack} ends with {left.value:.1%} at eps {max(curve.eps):.4g}, above "
+                f"chance ({chance:.0%}): that nothing stops the attack is not shown; add larger eps to "
                 "evaluate.eps_curve"
             )
             found.append(Flag(id="E16", severity="note", message=message))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import robustkit
+from robustkit import stats
 from robustkit.attacks.threat import Threat
 from robustkit.evaluation import rules
 from robustkit.evaluation.checks.batch import Batch
@@ -25,7 +26,7 @@ from robustkit.evaluation.checks.selftest import oracle_flags, self_test
 from robustkit.evaluation.checks.smoothness import instability
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags
 from robustkit.recipe.spec import Use
-from robustkit.results import Curve, Flag, Rate
+from robustkit.results import Curve, Flag
 
 CPU = torch.device("cpu")
 THREAT = Threat("linf", 0.1)
@@ -84,6 +85,13 @@ def test_an_eps_of_zero_and_one_image_are_no_reason_to_fail() -> None:
     assert "wrong" not in diagnosed(zoo.robust(), Threat("linf", 0.0)).values()
     found = robustkit.diagnose(zoo.robust(), x[:1], y[:1], THREAT)
     assert [flag for flag in found.flags if flag.severity != "note"] == []
+
+
+def test_under_l0_all_is_compared_that_can_be() -> None:
+    few = Threat("l0", 3)
+    assert set(diagnosed(zoo.ZOO["loud"]().model, few)) >= {"P10", "E11"}
+    assert {"P9", "E5"} <= set(diagnosed(zoo.ZOO["killed"]().model, few, surrogate=zoo.fragile()))
+    assert set(diagnosed(zoo.robust(), few).values()) <= {"note"}
 
 
 class First(nn.Module):
@@ -389,7 +397,7 @@ def test_e14_an_attack_that_finds_what_is_not_there(monkeypatch: pytest.MonkeyPa
 
 
 def curve(*values: float, attack: str = "pgd") -> Curve:
-    rates = [Rate(value=value, low=0, high=1, n=100) for value in values]
+    rates = [stats.clopper_pearson(round(value * 100), 100) for value in values]
     return Curve(attack=attack, norm="linf", eps=[0.1 * number for number in range(len(values))], rates=rates)
 
 
@@ -398,8 +406,8 @@ def curve(*values: float, attack: str = "pgd") -> Curve:
     [
         ([], "no security curve"),
         ([curve(1.0, 0.9, attack="noise")], "no security curve"),
-        ([curve(1.0, 0.5, 0.11), curve(1.0, 0.9, attack="noise")], "ends with 11.0% at eps 0.2"),
-        ([curve(1.0, 0.5, 0.1), curve(1.0, 0.9, attack="noise")], None),
+        ([curve(1.0, 0.5, 0.2), curve(1.0, 0.9, attack="noise")], "ends with 20.0% at eps 0.2"),
+        ([curve(1.0, 0.5, 0.12), curve(1.0, 0.9, attack="noise")], None),
     ],
 )
 def test_e16_a_curve_that_ends_too_early(curves: list[Curve], expected: str | None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.losses import margin
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.threat import BALLS, Threat
 from robustkit.evaluation.attacked import as_images, checked_logits
 from robustkit.evaluation.checks.batch import EXAMPLES, Batch, flag, input_gradients, seed_models
 from robustkit.evaluation.checks.dynamic import dynamic_defense
@@ -55,10 +55,12 @@ def preflight(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, seed: i
 
 def _of_gradients(batch: Batch, classes: int, drawn: list[Flag]) -> list[Flag]:
     found = gradient_flags(batch)
-    if not drawn and not any(one.id in BLIND and one.severity == "wrong" for one in found):
+    # Under l0 a value changes or it does not: there is no small step.
+    local = not drawn and batch.threat.norm in BALLS
+    if local and not any(one.id in BLIND and one.severity == "wrong" for one in found):
         # Where there is no gradient there is nothing to be said about its sign.
         found += usefulness(batch)
-    if not drawn:
+    if local:
         found += instability(batch)
     if any(one.severity == "wrong" for one in drawn):
         # What is left of an attack on answers that change by themselves says nothing about the gradients.

@@ -12,7 +12,7 @@ from robustkit.attacks.gradient import fgsm
 from robustkit.attacks.noise import noise
 from robustkit.attacks.projection import random_start
 from robustkit.attacks.square import square
-from robustkit.attacks.threat import Threat
+from robustkit.attacks.threat import BALLS, Threat
 from robustkit.errors import AttackError
 from robustkit.evaluation.attacked import as_images, checked_logits
 from robustkit.evaluation.checks.batch import EXAMPLES, Batch, seed_models
@@ -48,7 +48,7 @@ def probes(
     was `compressed` from it), E6 growing eps, E8 twice the steps, E10 one more start, E11 two losses, E12 one step
     against ten (a collapse where the model was trained by `one_step`), E14 the attacks against a closed form.
     """
-    found = self_test(threat.norm, device)
+    found = self_test(threat.norm, device) if threat.norm in BALLS else []
     x, y = as_images(x[:EXAMPLES].to(device)), y[:EXAMPLES].to(device)
     with undisturbed(model), torch.enable_grad():
         seed_models(seed)
@@ -110,14 +110,16 @@ class Tried:
     def _without_gradients(self, left: Bools, generator: torch.Generator) -> dict[str, Bools]:
         """Return what queries and noise leave right of what gradients left."""
         rows = torch.from_numpy(np.flatnonzero(left[self.clean])).to(self.batch.x.device)
-        found = {"square": left.copy(), "noise": left.copy()}
-        if len(rows):
-            rest = self.batch.select(rows)
-            x, y, threat = rest.x, rest.y, rest.threat
-            searched = square(rest.model, x, y, threat, queries=QUERIES, generator=generator)
-            drawn = noise(rest.model, x, y, threat, tries=TRIES, generator=generator)
-            for label, images in (("square", searched), ("noise", drawn)):
-                found[label][left] = rest.right(images).cpu().numpy()
+        if not len(rows):
+            return {}
+        rest = self.batch.select(rows)
+        x, y, threat = rest.x, rest.y, rest.threat
+        tried = {"noise": noise(rest.model, x, y, threat, tries=TRIES, generator=generator)}
+        if threat.norm in BALLS:
+            tried["square"] = square(rest.model, x, y, threat, queries=QUERIES, generator=generator)
+        found = {label: left.copy() for label in tried}
+        for label, images in tried.items():
+            found[label][left] = rest.right(images).cpu().numpy()
         return found
 
     def _growing(self, ten: Bools, generator: torch.Generator) -> list[Flag]:

@@ -24,8 +24,11 @@ def surrogate_images(batch: Batch, surrogate: nn.Module) -> Tensor:
     Raises:
         AttackError: the surrogate's output has no gradient.
     """
+    place = next((one.device for one in surrogate.parameters()), batch.x.device)
+    x, y, threat = batch.x.to(place), batch.y.to(place), batch.threat.to(place)
+    generator = torch.Generator(device=place).manual_seed(batch.seed)
     with undisturbed(surrogate), torch.enable_grad():
-        return pgd(surrogate, batch.x, batch.y, batch.threat, steps=STEPS, generator=batch.generator())
+        return pgd(surrogate, x, y, threat, steps=STEPS, generator=generator).to(batch.x.device)
 
 
 def transfer(

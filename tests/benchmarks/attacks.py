@@ -157,9 +157,9 @@ def art_pgd(subject: Subject) -> Result:
     return timed(subject, attack)
 
 
-def pure_passes(subject: Subject) -> Result:
+def pure_passes(subject: Subject, layout: torch.memory_format = torch.contiguous_format) -> Result:
     """Take as many forwards and input gradients as PGD has steps, of all examples, and nothing else."""
-    counted = CountedModel(subject.model).eval().requires_grad_(False)
+    counted = CountedModel(subject.model, layout).eval()
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(STEPS):
         for images in subject.x.split(256):
@@ -198,19 +198,27 @@ def pgd(chosen: list[Subject]) -> None:
     """Print PGD-20 of four libraries, and the passes that it needs."""
     rows: list[tuple[str, str, Callable[[Subject], Result]]] = [
         ("passes alone", "torch", pure_passes),
+        ("passes alone, channels last", "torch", lambda subject: pure_passes(subject, torch.channels_last)),
         ("robustkit pgd", "torch", lambda subject: ours(subject, Pgd(steps=STEPS))),
         ("robustkit pgd, cross-entropy", "torch", lambda subject: ours(subject, Pgd(steps=STEPS, loss="ce"))),
         ("torchattacks PGD", "torchattacks", torchattacks_pgd),
         ("foolbox LinfPGD", "foolbox", foolbox_pgd),
         ("ART PGD", "art", art_pgd),
     ]
-    print("| model | n | attack | robust | s | CPU s | forwards | backwards | its CPU s / robustkit pgd's |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | n | attack | robust | s | CPU s | forwards | backwards | CPU us a pass | CPU s / robustkit pgd's |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for subject in chosen:
         results = {name: run(subject) for name, module, run in rows if installed(module)}
         base = results["robustkit pgd"].cpu_seconds
         for name, result in results.items():
-            print(f"| {subject.name} | {len(subject.y)} | {name} | {result.row()} | {result.cpu_seconds / base:.2f} |")
+            each = 1e6 * result.cpu_seconds / result.units
+            ratio = result.cpu_seconds / base
+            print(
+                f"| {subject.name} | {len(subject.y)} | {name} | {result.row()} | {each:.0f} | {ratio:.2f} |",
+                flush=True,
+            )
 
 
 def installed(module: str) -> bool:

@@ -74,13 +74,12 @@ def test_distances_on_real_digits_are_the_closed_form(name: str, norm: str) -> N
     assert clear.sum() > 1700
     assert (found[clear] >= exact[clear] * (1 - 1e-5)).all(), "closer than any image that fools the model"
     if norm == "l0":
-        assert (found == exact).mean() > 0.999
+        assert (found == exact).all()
         return
     # What the best image of that size has beyond the boundary, in logits.
     wasted = -slack(model, x, y, norm, found)
     allowed = 2 * CLEAR * model(images).detach().abs().amax(1).double().numpy()
-    tight = wasted <= allowed
-    assert tight.mean() > 0.98
+    assert (wasted <= allowed).all()
     assert (found[clear] <= exact[clear] * 1.002).all()
 
 

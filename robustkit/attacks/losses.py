@@ -36,6 +36,15 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return wrong - own
 
 
+def soft_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the log of the summed exponentials of the wrong logits minus the logit of y (N,).
+
+    The cross-entropy is its softplus: the gradient has the same direction, but does not vanish on sure models.
+    """
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    return logits.scatter(1, y[:, None], float("-inf")).logsumexp(1) - own
+
+
 def margin_to(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Return the logit of the class `target` (N,) minus the logit of y (N,)."""
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robustkit.attacks.losses import as_logits, margin
+from robustkit.attacks.losses import as_logits, margin, soft_margin
 from robustkit.attacks.projection import distances, random_start
 from robustkit.attacks.search import input_gradient
 from robustkit.attacks.threat import Norm, Threat
@@ -39,7 +39,9 @@ class Closest:
         return values.view(-1, *[1] * (self.x.dim() - 1))
 
     def gradient(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Try images (N, ...) with one forward and one backward; return their margins (N,) and the margins' gradient.
+        """Try images (N, ...) with one forward and one backward; return their margins (N,) and the way up (N, ...).
+
+        The way up is the gradient of the soft margin, which heeds all classes that are near, as cross-entropy does.
 
         Raises:
             AttackError: the model's output has no gradient.
@@ -47,10 +49,10 @@ class Closest:
         start = images.detach().requires_grad_()
         with torch.enable_grad():
             logits = as_logits(self.model(start).float())
-            reached = margin(logits, self.y)
-        gradient = input_gradient(reached.sum(), start)
+            score = soft_margin(logits, self.y)
+        gradient = input_gradient(score.sum(), start)
         self.look(start.detach(), logits.detach())
-        return reached.detach(), gradient
+        return margin(logits.detach(), self.y), gradient
 
     def probe(self, images: Tensor) -> Tensor:
         """Try images (N, ...) with one forward; return which fool the model (N,)."""

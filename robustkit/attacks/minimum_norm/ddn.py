@@ -24,11 +24,10 @@ def ddn(
 ) -> tuple[Tensor, Tensor]:
     """Return (images, distances): the closest images in l2 to x (N, ...), their direction and length sought apart.
 
-    y (N,). Each step turns the change up the gradient of the margin, and sets its length 5 % shorter where it fools the
-    model, else 5 % longer (Rony et al. 2019, algorithm 1; with the margin in place of the cross-entropy, whose gradient
-    vanishes on sure models, and the first length where the boundary is to first order). A restart
-    costs steps + 21 forwards and steps + 1 + min(9, classes - 1) backwards an example, the last stretch (`polish`)
-    among them.
+    y (N,). Each step turns the change up the soft margin, which goes where the cross-entropy goes and does not vanish
+    on sure models, and sets its length 5 % shorter where it fools the model, else 5 % longer (Rony et al. 2019,
+    algorithm 1; here the first length is where the boundary is to first order). A restart costs steps + 21 forwards and
+    steps + 1 + min(9, classes - 1) backwards an example, the last stretch (`polish`) among them.
 
     Raises:
         AttackError: the model's output has no gradient.

@@ -30,12 +30,12 @@ def fmn(
     *,
     generator: torch.Generator,
     steps: int = 100,
-    alpha: float = 1.0,
+    alpha: float = 10.0,
     restarts: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return (images, distances): the closest images to x (N, ...) found in a ball that closes in on the boundary.
 
-    y (N,); norm linf, l2 or l1. Each step goes up the margin, `alpha` long in the Euclidean norm at first, and is
+    y (N,); norm linf, l2 or l1. Each step goes up the soft margin, `alpha` long in the Euclidean norm at first, and is
     projected onto a ball that shrinks while the image fools the model and grows while it does not (Pintor et al. 2021,
     algorithm 1), here onto ball and box at once. A restart costs steps + 21 forwards and
     steps + 1 + min(9, classes - 1) backwards an example, the last stretch (`polish`) among them.
@@ -73,7 +73,7 @@ class Fmn:
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
 
     steps: PositiveInt = 100
-    alpha: PositiveFloat = 1.0
+    alpha: PositiveFloat = 10.0
     restarts: PositiveInt = 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:

@@ -16,9 +16,9 @@ from robustkit.attacks.projection import distances, l2_norm, onto_l1_ball
 from robustkit.attacks.threat import Norm, Threat, checked_norm
 from robustkit.params import PositiveInt
 
-FIRST_STEP, LAST_STEP = 0.1, 0.001
+FIRST_STEP, LAST_STEP = 0.3, 0.001
 """Steps of the change, in the units of a pixel value (linf, l1) or of the norm (l2)."""
-DUAL_STEP, LAST_DUAL_STEP = 0.1, 0.01
+DUAL_STEP, LAST_DUAL_STEP = 0.3, 0.01
 """Steps of the multiplier's logarithm."""
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One test process a core: more threads would only wait for each other. Set before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _folder(variable: str) -> Path:

@@ -58,11 +58,12 @@ def right(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x[index], y[index]
 
 
+@pytest.mark.parametrize("count", [300, pytest.param(None, marks=pytest.mark.slow, id="all")])
 @every
-def test_distances_on_real_digits_are_the_closed_form(name: str, norm: str) -> None:
+def test_distances_on_real_digits_are_the_closed_form(name: str, norm: str, count: int | None) -> None:
     """The excess is what the attack asks of the margin: CLEAR of the largest logit, and the bits of its sum."""
     model = softmax_regression()
-    x, y = right(model, *digits())
+    x, y = right(model, *(part[:count] for part in digits()))
     images, found = smallest(name, norm, model, x, y)
     exact = exact_distance(model, x, y, norm)
     assert np.isfinite(found).all()
@@ -71,7 +72,7 @@ def test_distances_on_real_digits_are_the_closed_form(name: str, norm: str) -> N
     assert (model(images).argmax(1) != y).all()
     np.testing.assert_allclose(distances(images - x, norm).numpy(), found, rtol=1e-6)
     clear = exact > 1e-3
-    assert clear.sum() > 1700
+    assert clear.sum() > 0.9 * len(y)
     assert (found[clear] >= exact[clear] * (1 - 1e-5)).all(), "closer than any image that fools the model"
     if norm == "l0":
         assert (found == exact).all()

@@ -103,7 +103,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 @given(seed=st.integers(0, 2**31 - 1), eps=st.floats(0, 0.2), norm=st.sampled_from(["linf", "l2", "l1"]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_every_point_of_the_ball_keeps_to_the_bounds(name: str, seed: int, eps: float, norm: str) -> None:
     build, shape = MODELS[name]
     torch.manual_seed(seed)

@@ -40,7 +40,7 @@ def test_cascade_is_exact_on_real_digits(norm: str, eps: float, count: int | Non
     left = slack(model, x, y, norm, eps)
     clean, found = attacked(model, x, y, Cascade(), Threat(norm, eps))  # type: ignore[arg-type]
     clear = np.abs(left) > (1e-5 if norm == "linf" else 1e-3)
-    assert clear.sum() > 1750
+    assert clear.sum() > 0.95 * len(y)
     assert (found.correct[clear] == (clean.correct & (left > 0))[clear]).all()
     assert found.projected == 0
 

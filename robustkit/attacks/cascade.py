@@ -29,6 +29,8 @@ LAST_STEP = 0.02
 """Length of the last step of a climb as a share of eps."""
 BLIND_QUERIES = 10
 """So many times the queries where there is no gradient."""
+SEARCH_SHARE, POLISH_SHARE = 0.8, 0.1
+"""Share of the pixels that the first square changes: of a search from the image, and of one from the best so far."""
 CALLS = 16
 """Random numbers of a stage start at a multiple of this, whatever the stages before it drew."""
 
@@ -54,11 +56,13 @@ class Schedule:
     restarts: int = 6
     restart_steps: int = 40
     restart_close: float = 0.35
+    polish: int = 200
+    polish_close: float = 0.1
     queries: int = 100
 
 
 SCHEDULES: dict[BudgetName, Schedule] = {
-    "quick": Schedule(targets=3, refine_targets=1, restarts=1, queries=0),
+    "quick": Schedule(targets=3, refine_targets=1, restarts=1, polish=0, queries=0),
     "standard": Schedule(),
     "thorough": Schedule(
         target_steps=25,
@@ -69,6 +73,8 @@ SCHEDULES: dict[BudgetName, Schedule] = {
         restarts=20,
         restart_steps=100,
         restart_close=1.0,
+        polish=1000,
+        polish_close=1.0,
         queries=2500,
     ),
 }
@@ -93,7 +99,7 @@ def cascade(
 
     x (N, ...) in [0, 1], y (N,). Margin steps from the image; from a random output direction; towards each of the
     likeliest wrong classes; longer towards the most promising of these; restarts for what is close to being fooled;
-    random search for what gradients do not see.
+    small squares for what is nearly there; random search for what gradients do not see.
 
     A model whose output has no gradient at all is searched only, with more queries; check P9 says so.
     """
@@ -107,6 +113,7 @@ def cascade(
     run.directed(schedule.direction)
     run.targets(schedule)
     run.refine(schedule)
+    run.polish(schedule)
     run.search(schedule.queries)
     return run.best
 
@@ -198,15 +205,17 @@ class _Run:
                 rank = order[:, number % min(schedule.refine_targets, count)]
                 self._aimed(f"restart {number}", index, rank, schedule.restart_steps)
 
+    def polish(self, schedule: Schedule) -> None:
+        """Search by small squares from the best images that are nearly there: the last hair is not for gradients."""
+        index = self._begin(schedule.polish_close)
+        if schedule.polish and len(index):
+            self._squares("polish", index, schedule.polish, POLISH_SHARE, self.found.best[index])
+
     def search(self, queries: int) -> None:
         """Search by squares what is left: this needs no gradient, so it sees what gradients hide."""
         index = self._begin(math.inf)
-        if not queries or not len(index):
-            return
-        found, here = self.found, self.threat.select(index)
-        images = square(found.model, found.x[index], found.y[index], here, queries=queries, generator=self.generator)
-        left = found.probe(images, index)
-        self._left("search", index, left)
+        if queries and len(index):
+            self._squares("search", index, queries, SEARCH_SHARE, None)
 
     def _begin(self, factor: float) -> Tensor:
         self.stage += 1
@@ -234,6 +243,20 @@ class _Run:
 
         lengths = [self.eps, *cosine(self.eps, steps - 1)]
         self._climb(stage, self._start(index), index, score, lengths)
+
+    def _squares(self, stage: str, index: Tensor, queries: int, share: float, start: Tensor | None) -> None:
+        found, here = self.found, self.threat.select(index)
+        images = square(
+            found.model,
+            found.x[index],
+            found.y[index],
+            here,
+            queries=queries,
+            generator=self.generator,
+            p_init=share,
+            start=start,
+        )
+        self._left(stage, index, found.probe(images, index))
 
     def _climb(self, stage: str, images: Tensor, index: Tensor, score: Score, lengths: Sequence[Tensor]) -> None:
         self._left(stage, index, self.found.climb(images, index, score, lengths))

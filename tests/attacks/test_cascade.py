@@ -175,7 +175,8 @@ def test_check_says_what_the_cascade_costs_at_most(budget: str) -> None:
     plan = SCHEDULES[budget]  # type: ignore[index]
     steps = [plan.probe, plan.direction, *[plan.target_steps] * plan.targets]
     steps += [plan.refine_steps] * plan.refine_targets + [plan.restart_steps] * plan.restarts
-    total = sum(2 * count + 1 for count in steps) + (plan.queries + 1 if plan.queries else 0)
+    searches = [count + 1 for count in (plan.polish, plan.queries) if count]
+    total = sum(2 * count + 1 for count in steps) + sum(searches)
     assert CASCADE[budget] == total
 
 

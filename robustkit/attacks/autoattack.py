@@ -52,14 +52,6 @@ class _Audit:
         self.stream = Stream(self.x, generator)
         self.images = self.x.clone()
         self.alive = torch.arange(len(x), device=x.device)
-        self.by: dict[str, int] = {}
-
-    def run(self, part: str, attack: Callable[[_Audit], None]) -> None:
-        """Run one part on what is left."""
-        before = len(self.alive)
-        if before:
-            attack(self)
-        self.by[part] = before - len(self.alive)
 
     def take(self, images: Tensor, fooled: Tensor) -> None:
         """Keep the images of the examples (of `alive`) that are fooled, and drop these."""
@@ -194,8 +186,8 @@ def autoattack(
     version: Version = "standard",
     steps: int = STEPS,
     queries: int = QUERIES,
-) -> tuple[Tensor, dict[str, int]]:
-    """Return (images, {part: examples it fooled}) for x (N, ...) in [0, 1] with labels y (N,).
+) -> Tensor:
+    """Return adversarial images for x (N, ...) in [0, 1] with labels y (N,), x itself where no part found one.
 
     Raises:
         AttackError: the model's output has no gradient.
@@ -203,8 +195,9 @@ def autoattack(
     checked_norm("autoattack", threat, BALLS)
     audit = _Audit(model, x, y, threat, generator, steps, queries)
     for part in PARTS[version]:
-        audit.run(part, _part(part, version, threat.norm))
-    return audit.images, audit.by
+        if len(audit.alive):
+            _part(part, version, threat.norm)(audit)
+    return audit.images
 
 
 def _part(part: str, version: Version, norm: str) -> Callable[[_Audit], None]:
@@ -242,7 +235,7 @@ class AutoAttack:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
         """Return adversarial images where a part found some, else the clean ones."""
-        images, _ = autoattack(
+        return autoattack(
             model,
             x,
             y,
@@ -252,4 +245,3 @@ class AutoAttack:
             steps=self.steps,
             queries=self.n_queries,
         )
-        return images

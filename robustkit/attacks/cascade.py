@@ -131,7 +131,6 @@ class _Run:
         """The margins of the clean images: negative, as these are classified right."""
         self.reach = torch.empty(0)
         self.stage = 0
-        self.log: list[tuple[str, int, int]] = []
 
     @property
     def best(self) -> Tensor:
@@ -155,7 +154,7 @@ class _Run:
                 self.at_first[index] = reached.detach()
             return reached
 
-        self._climb("probe", found.x, found.everyone, score, cosine(self.eps, steps))
+        self._climb(found.x, found.everyone, score, cosine(self.eps, steps))
 
     def directed(self, steps: int) -> None:
         """Climb from where a random direction of the outputs leads, two steps of eps away."""
@@ -173,7 +172,7 @@ class _Run:
             return margin(logits, self.found.y[index])
 
         lengths = [self.eps] * away + cosine(self.eps, steps - away)
-        self._climb("directed", self._start(index), index, score, lengths)
+        self._climb(self._start(index), index, score, lengths)
 
     def targets(self, schedule: Schedule) -> None:
         """Climb towards each of the likeliest wrong classes, and note how near each came."""
@@ -185,7 +184,7 @@ class _Run:
                 continue
             before = self.found.highest.clone(), self.found.best.clone()
             self.found.highest[index] = -torch.inf
-            self._aimed(f"target {rank}", index, torch.full_like(self.found.y, rank), schedule.target_steps)
+            self._aimed(index, torch.full_like(self.found.y, rank), schedule.target_steps)
             self.reach[index, rank] = self.found.highest[index]
             self._not_below(*before)
 
@@ -198,24 +197,24 @@ class _Run:
         for number in range(min(schedule.refine_targets, count)):
             index = self._begin(schedule.refine_close)
             if len(index):
-                self._aimed(f"refine {number}", index, order[:, number], schedule.refine_steps)
+                self._aimed(index, order[:, number], schedule.refine_steps)
         for number in range(schedule.restarts):
             index = self._begin(schedule.restart_close)
             if len(index):
                 rank = order[:, number % min(schedule.refine_targets, count)]
-                self._aimed(f"restart {number}", index, rank, schedule.restart_steps)
+                self._aimed(index, rank, schedule.restart_steps)
 
     def polish(self, schedule: Schedule) -> None:
         """Search by small squares from the best images that are nearly there: the last hair is not for gradients."""
         index = self._begin(schedule.polish_close)
         if schedule.polish and len(index):
-            self._squares("polish", index, schedule.polish, POLISH_SHARE, self.found.best[index])
+            self._squares(index, schedule.polish, POLISH_SHARE, self.found.best[index])
 
     def search(self, queries: int) -> None:
         """Search by squares what is left: this needs no gradient, so it sees what gradients hide."""
         index = self._begin(math.inf)
         if queries and len(index):
-            self._squares("search", index, queries, SEARCH_SHARE, None)
+            self._squares(index, queries, SEARCH_SHARE, None)
 
     def _begin(self, factor: float) -> Tensor:
         self.stage += 1
@@ -232,7 +231,7 @@ class _Run:
         drawn = self.stream.normal(index, count).view(x.shape)
         return within(x, x + drawn / l2_norm(drawn) * here.eps_for(x), here)
 
-    def _aimed(self, stage: str, index: Tensor, rank: Tensor, steps: int) -> None:
+    def _aimed(self, index: Tensor, rank: Tensor, steps: int) -> None:
         """Climb from a random start, one step up the logit of the class of this rank (N,), then its margin."""
         target = self.found.classes.gather(1, rank[:, None]).squeeze(1)
 
@@ -242,9 +241,9 @@ class _Run:
             return margin_to(logits, self.found.y[index], target[index])
 
         lengths = [self.eps, *cosine(self.eps, steps - 1)]
-        self._climb(stage, self._start(index), index, score, lengths)
+        self._climb(self._start(index), index, score, lengths)
 
-    def _squares(self, stage: str, index: Tensor, queries: int, share: float, start: Tensor | None) -> None:
+    def _squares(self, index: Tensor, queries: int, share: float, start: Tensor | None) -> None:
         found, here = self.found, self.threat.select(index)
         images = square(
             found.model,
@@ -256,15 +255,14 @@ class _Run:
             p_init=share,
             start=start,
         )
-        self._left(stage, index, found.probe(images, index))
+        self._left(index, found.probe(images, index))
 
-    def _climb(self, stage: str, images: Tensor, index: Tensor, score: Score, lengths: Sequence[Tensor]) -> None:
-        self._left(stage, index, self.found.climb(images, index, score, lengths))
+    def _climb(self, images: Tensor, index: Tensor, score: Score, lengths: Sequence[Tensor]) -> None:
+        self._left(index, self.found.climb(images, index, score, lengths))
 
-    def _left(self, stage: str, index: Tensor, left: Tensor) -> None:
+    def _left(self, index: Tensor, left: Tensor) -> None:
         self.robust[index] = False
         self.robust[left] = True
-        self.log.append((stage, len(index), len(index) - len(left)))
 
     def _not_below(self, highest: Tensor, best: Tensor) -> None:
         """Put back the images from before where they were better."""

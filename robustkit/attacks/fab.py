@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from robustkit.attacks.draws import Stream
 from robustkit.attacks.hyperplane import onto_hyperplane
 from robustkit.attacks.losses import margin_to, wrong_classes
+from robustkit.attacks.projection import DUAL
 from robustkit.attacks.search import input_gradient
 from robustkit.attacks.threat import Norm, Threat
 
 ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
 ORDER = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
-DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
 
 def fab(

@@ -8,6 +8,8 @@ from torch import Tensor
 from robustkit.attacks import draws
 from robustkit.attacks.threat import Threat
 
+DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
+"""Order of the norm of a gradient that says how much a unit of a norm can change a linear function."""
 L2_ROUNDS = 3
 L1_ROUNDS = 40
 

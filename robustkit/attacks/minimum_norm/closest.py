@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.losses import as_logits, margin, soft_margin
-from robustkit.attacks.projection import distances, random_start
+from robustkit.attacks.projection import DUAL, distances, random_start
 from robustkit.attacks.search import input_gradient
 from robustkit.attacks.threat import Norm, Threat
 
@@ -33,6 +33,11 @@ class Closest:
         """The norm of the largest change that a box of this size allows."""
         values = self.x[:1].numel()
         return {"linf": 1.0, "l2": math.sqrt(values), "l1": float(values), "l0": float(values)}[self.norm]
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        """Return how much a unit of the norm can change what has this gradient (N, ...), to first order (N,)."""
+        size: Tensor = torch.linalg.vector_norm(gradient.flatten(1), ord=DUAL[self.norm], dim=1)
+        return size.clamp_min(torch.finfo(size.dtype).tiny)
 
     def wide(self, values: Tensor) -> Tensor:
         """Return one value an example (N,) shaped to broadcast over the images."""

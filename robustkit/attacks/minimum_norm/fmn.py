@@ -19,7 +19,6 @@ GAMMA, LAST_GAMMA = 0.05, 1e-4
 """By how much the ball grows and shrinks, at first and at last (section 3)."""
 LAST_STEP = 0.01
 """The last step as a share of the first."""
-DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
 
 def fmn(
@@ -53,9 +52,8 @@ def _search(found: Closest, images: Tensor, *, steps: int, alpha: float) -> None
     for step in range(steps):
         reached, gradient = found.gradient(images)
         gamma = falling(GAMMA, LAST_GAMMA, step, steps)
-        slope = torch.linalg.vector_norm(gradient.flatten(1), ord=DUAL[found.norm], dim=1)
         # Until something was found, the ball ends a little beyond the boundary to first order: at it, nothing would be.
-        there = distances(images - found.x, found.norm) - reached / slope.clamp_min(torch.finfo(slope.dtype).tiny)
+        there = distances(images - found.x, found.norm) - reached / found.slope(gradient)
         larger = torch.where(torch.isinf(found.shortest), there * (1 + GAMMA), eps * (1 + gamma))
         smaller = torch.minimum(eps * (1 - gamma), found.shortest)
         eps = torch.where(reached > 0, smaller, larger).clamp(max=found.largest)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.minimum_norm.closest import Closest
-from robustkit.attacks.minimum_norm.fmn import DUAL
 from robustkit.attacks.minimum_norm.run import falling, minimise
 from robustkit.attacks.projection import distances, l2_norm, onto_l1_ball
 from robustkit.attacks.threat import Norm, Threat, checked_norm
@@ -53,8 +52,7 @@ def _search(found: Closest, images: Tensor, *, steps: int) -> None:
     multiplier = torch.zeros_like(found.shortest)
     for step in range(steps):
         reached, gradient = found.gradient(images)
-        slope = torch.linalg.vector_norm(gradient.flatten(1), ord=DUAL[found.norm], dim=1)
-        slope = slope.clamp_min(torch.finfo(slope.dtype).tiny)
+        slope = found.slope(gradient)
         change = images - found.x
         # How far the boundary is to first order, over how far the change goes: positive while the model is right.
         violation = -reached / slope / distances(change, found.norm).clamp_min(1e-12)

@@ -15,7 +15,7 @@ from robustkit import registry, stats
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.errors import ModelError, UsageError
-from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome
+from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome, device_of
 from robustkit.evaluation.audit import audit as audit_survivors
 from robustkit.evaluation.checks import preflight
 from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags
@@ -160,14 +160,10 @@ def evaluate(
             count=audit,
             seed=seed,
             batch_size=batch_size,
-            device=_device(module, images),
+            device=device_of(module, images.device),
             quantize_input=quantize_input,
         )
         return replace(found, audit=audited, flags=[*found.flags, *audit_flags(audited)])
-
-
-def _device(module: nn.Module, images: Tensor) -> torch.device:
-    return next((one.device for one in module.parameters()), images.device)
 
 
 def _evaluated(
@@ -180,7 +176,7 @@ def _evaluated(
     batch_size: int,
     quantize_input: bool,
 ) -> Evaluation:
-    device = _device(module, images)
+    device = device_of(module, images.device)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
     outcomes: dict[str, Outcome] = {}
     for label, (_, attack) in made.items():

@@ -49,6 +49,11 @@ def as_images(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32).clamp(0, 1)
 
 
+def device_of(model: nn.Module, otherwise: torch.device) -> torch.device:
+    """Return the device of a model's parameters, or `otherwise` for one that has none."""
+    return next((one.device for one in model.parameters()), otherwise)
+
+
 def clean_outcome(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int, device: torch.device) -> Outcome:
     """Return the outcome without an attack. Logits that are not finite are wrong, whatever the label.
 

@@ -17,7 +17,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.certificates.certificate import ABSTAINED, Certificate, Certified
 from robustkit.errors import InternalError, UsageError
 from robustkit.evaluation.api import Evaluation, Model, as_module, checked_examples
-from robustkit.evaluation.attacked import Progress, as_images, clean_outcome
+from robustkit.evaluation.attacked import Progress, as_images, clean_outcome, device_of
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.results import Rate
 from robustkit.seeding import derive_seed
@@ -179,7 +179,7 @@ def certify(
     with torch.inference_mode(False):
         images, labels = checked_examples(x, y, threat)
         module = as_module(model)
-        device = next((one.device for one in module.parameters()), images.device)
+        device = device_of(module, images.device)
         clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
         outcomes = {
             label: certified_outcome(

@@ -16,7 +16,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from robustkit.errors import UsageError
 from robustkit.evaluation.api import Model, as_module, checked_examples
-from robustkit.evaluation.attacked import Progress, as_images, checked_logits, clean_outcome, predicted
+from robustkit.evaluation.attacked import Progress, as_images, checked_logits, clean_outcome, device_of, predicted
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.results import Rate
 from robustkit.seeding import derive_seed
@@ -109,7 +109,7 @@ def corrupted_accuracy(
         raise UsageError(f"batch_size must be at least 1, not {batch_size}")
     images, labels = checked_examples(x, y, Threat("linf", 0.0))
     module = as_module(model)
-    device = next((one.device for one in module.parameters()), images.device)
+    device = device_of(module, images.device)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
     correct = corruption_outcome(module, images, labels, corruptions, batch_size=batch_size, device=device)
     return Corrupted(clean.rate, mean_accuracy(correct), correct)

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustkit.attacks.threat import Threat
 from robustkit.errors import UsageError
 from robustkit.evaluation.api import Model, as_module, checked_examples
-from robustkit.evaluation.attacked import clean_outcome
+from robustkit.evaluation.attacked import clean_outcome, device_of
 from robustkit.evaluation.checks import EXAMPLES, preflight, probes
 from robustkit.evaluation.compare import finite_flags
 from robustkit.results import Flag
@@ -64,7 +64,7 @@ def diagnose(
     with torch.inference_mode(False):
         images, labels = checked_examples(x, y, threat)
         module = as_module(model)
-        device = next((one.device for one in module.parameters()), images.device)
+        device = device_of(module, images.device)
         clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
         other = None if surrogate is None else as_module(surrogate)
         flags = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from robustkit.attacks.threat import Norm, Threat
 from robustkit.errors import UsageError
 from robustkit.evaluation.api import AttackSpec, Model, as_module, checked_examples, make_attacks
-from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.attacked import attack_outcome, clean_outcome, device_of
 from robustkit.evaluation.distances import MinimumDistances
 
 DEFAULT_ATTACKS: dict[str, str] = {"linf": "fmn", "l2": "ddn", "l1": "pdpgd", "l0": "sigma_zero"}
@@ -47,7 +47,7 @@ def minimum_distances(
         threat = Threat(norm, 0.0)
         images, labels = checked_examples(x, y, threat)
         module = as_module(model)
-        device = next((one.device for one in module.parameters()), images.device)
+        device = device_of(module, images.device)
         clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
         outcome = attack_outcome(
             module,

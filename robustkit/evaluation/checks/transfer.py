@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.gradient import pgd
 from robustkit.errors import AttackError
+from robustkit.evaluation.attacked import device_of
 from robustkit.evaluation.checks.batch import Batch, flag
 from robustkit.evaluation.compare import Bools
 from robustkit.evaluation.rules import transfer_flags
@@ -24,7 +25,7 @@ def surrogate_images(batch: Batch, surrogate: nn.Module) -> Tensor:
     Raises:
         AttackError: the surrogate's output has no gradient.
     """
-    place = next((one.device for one in surrogate.parameters()), batch.x.device)
+    place = device_of(surrogate, batch.x.device)
     x, y, threat = batch.x.to(place), batch.y.to(place), batch.threat.to(place)
     generator = torch.Generator(device=place).manual_seed(batch.seed)
     with undisturbed(surrogate), torch.enable_grad():

@@ -19,12 +19,12 @@ from robustkit.attacks.active import survivors
 from robustkit.attacks.draws import Stream
 from robustkit.attacks.losses import margin, margin_to
 from robustkit.attacks.projection import l2_norm, within
+from robustkit.attacks.schedules import SCHEDULES, Schedule
 from robustkit.attacks.search import Score, Search
 from robustkit.attacks.square import square
 from robustkit.attacks.threat import BALLS, Threat, checked_norm
 from robustkit.errors import AttackError
 
-BudgetName = Literal["quick", "standard", "thorough"]
 LAST_STEP = 0.02
 """Length of the last step of a climb as a share of eps."""
 BLIND_QUERIES = 10
@@ -33,51 +33,6 @@ SEARCH_SHARE, POLISH_SHARE = 0.8, 0.1
 """Share of the pixels that the first square changes: of a search from the image, and of one from the best so far."""
 CALLS = 16
 """Random numbers of a stage start at a multiple of this, whatever the stages before it drew."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How much of each stage. Steps count forwards and backwards an example that is still attacked.
-
-    `close`: an example is attacked further only while what is left of its margin is less than this times what the
-    attack has taken off it already. Examples are judged each by itself, so that their company changes nothing.
-    """
-
-    probe: int = 8
-    direction: int = 8
-    targets: int = 9
-    target_steps: int = 10
-    sure_targets: int = 3
-    """So many of the likeliest targets are tried on every example, the others on those that are close."""
-    target_close: float = 3.0
-    refine_targets: int = 3
-    refine_steps: int = 20
-    refine_close: float = 2.0
-    restarts: int = 6
-    restart_steps: int = 40
-    restart_close: float = 0.35
-    polish: int = 200
-    polish_close: float = 0.1
-    queries: int = 100
-
-
-SCHEDULES: dict[BudgetName, Schedule] = {
-    "quick": Schedule(targets=3, refine_targets=1, restarts=1, polish=0, queries=0),
-    "standard": Schedule(),
-    "thorough": Schedule(
-        target_steps=25,
-        target_close=math.inf,
-        refine_targets=5,
-        refine_steps=50,
-        refine_close=math.inf,
-        restarts=20,
-        restart_steps=100,
-        restart_close=1.0,
-        polish=1000,
-        polish_close=1.0,
-        queries=2500,
-    ),
-}
 
 
 def cosine(eps: Tensor, steps: int) -> list[Tensor]:
@@ -123,7 +78,9 @@ class _Run:
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, generator: torch.Generator) -> None:
         self.found = Search(model, x, y, threat)
-        self.threat, self.generator = threat, generator
+        self.threat = threat
+        # A generator for each search by squares: whether the other one ran changes nothing.
+        self.polishing, self.searching = (_child(generator) for _ in range(2))
         self.stream = Stream(self.found.x, generator)
         self.eps = threat.eps_for(self.found.x).flatten()
         self.robust = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -158,9 +115,9 @@ class _Run:
 
     def directed(self, steps: int) -> None:
         """Climb from where a random direction of the outputs leads, two steps of eps away."""
-        index = self._begin(math.inf)
-        if not len(index):
-            return
+        index = self.close(math.inf)
+        self.stage += 1
+        self.stream.seek(self.stage * CALLS)
         classes = self.found.classes.shape[1] + 1
         weight = torch.zeros(len(self.robust), classes, device=self.eps.device)
         weight[index] = 2 * self.stream.uniform(index, classes) - 1
@@ -172,57 +129,47 @@ class _Run:
             return margin(logits, self.found.y[index])
 
         lengths = [self.eps] * away + cosine(self.eps, steps - away)
-        self._climb(self._start(index), index, score, lengths)
+        start = self._start(index, self.stage)
+        self._climb(start, index, score, lengths)
 
     def targets(self, schedule: Schedule) -> None:
-        """Climb towards each of the likeliest wrong classes, and note how near each came."""
+        """Climb towards the likeliest wrong classes, and where it is close to the others; note how near each came."""
         count = min(schedule.targets, self.found.classes.shape[1])
+        sure = min(schedule.sure_targets, count)
         self.reach = torch.full((len(self.robust), count), -torch.inf, device=self.eps.device)
-        for rank in range(count):
-            index = self._begin(math.inf if rank < schedule.sure_targets else schedule.target_close)
-            if not len(index):
-                continue
-            before = self.found.highest.clone(), self.found.best.clone()
-            self.found.highest[index] = -torch.inf
-            self._aimed(index, torch.full_like(self.found.y, rank), schedule.target_steps)
-            self.reach[index, rank] = self.found.highest[index]
-            self._not_below(*before)
+        for ranks, factor in ((range(sure), math.inf), (range(sure, count), schedule.target_close)):
+            index = self.close(factor)
+            columns = torch.tensor(ranks, device=index.device, dtype=torch.int64)
+            if len(ranks):
+                reached = self._aimed(index, columns.expand(len(index), -1), schedule.target_steps)
+                self.reach[index[:, None], columns] = reached
 
     def refine(self, schedule: Schedule) -> None:
         """Climb longer towards the targets that came nearest, and again from other starts where it is close."""
         if not self.reach.numel():
             return
-        order = self.reach.argsort(1, descending=True)
-        count = order.shape[1]
-        for number in range(min(schedule.refine_targets, count)):
-            index = self._begin(schedule.refine_close)
-            if len(index):
-                self._aimed(index, order[:, number], schedule.refine_steps)
-        for number in range(schedule.restarts):
-            index = self._begin(schedule.restart_close)
-            if len(index):
-                rank = order[:, number % min(schedule.refine_targets, count)]
-                self._aimed(index, rank, schedule.restart_steps)
+        best = self.reach.argsort(1, descending=True)[:, : schedule.refine_targets]
+        index = self.close(schedule.refine_close)
+        self._aimed(index, best[index], schedule.refine_steps)
+        for _ in range(schedule.restarts):
+            index = self.close(schedule.restart_close)
+            self._aimed(index, best[index], schedule.restart_steps)
 
     def polish(self, schedule: Schedule) -> None:
         """Search by small squares from the best images that are nearly there: the last hair is not for gradients."""
-        index = self._begin(schedule.polish_close)
+        index = self.close(schedule.polish_close)
         if schedule.polish and len(index):
-            self._squares(index, schedule.polish, POLISH_SHARE, self.found.best[index])
+            self._squares(index, schedule.polish, POLISH_SHARE, self.polishing, self.found.best[index])
 
     def search(self, queries: int) -> None:
         """Search by squares what is left: this needs no gradient, so it sees what gradients hide."""
-        index = self._begin(math.inf)
+        index = self.close(math.inf)
         if queries and len(index):
-            self._squares(index, queries, SEARCH_SHARE, None)
+            self._squares(index, queries, SEARCH_SHARE, self.searching, None)
 
-    def _begin(self, factor: float) -> Tensor:
-        self.stage += 1
-        self.stream.seek(self.stage * CALLS)
-        return self.close(factor)
-
-    def _start(self, index: Tensor) -> Tensor:
-        """Return random images of the ball: uniform for linf, else on its surface."""
+    def _start(self, index: Tensor, stage: int) -> Tensor:
+        """Return random images of the ball, each stage's own: uniform for linf, else on its surface."""
+        self.stream.seek(stage * CALLS)
         x, here = self.found.x[index], self.threat.select(index)
         count = x[:1].numel()
         if self.threat.norm == "linf":
@@ -231,19 +178,45 @@ class _Run:
         drawn = self.stream.normal(index, count).view(x.shape)
         return within(x, x + drawn / l2_norm(drawn) * here.eps_for(x), here)
 
-    def _aimed(self, index: Tensor, rank: Tensor, steps: int) -> None:
-        """Climb from a random start, one step up the logit of the class of this rank (N,), then its margin."""
-        target = self.found.classes.gather(1, rank[:, None]).squeeze(1)
+    def _aimed(self, index: Tensor, ranks: Tensor, steps: int) -> Tensor:
+        """Climb towards the classes of these ranks (n, k) from a random start each; return the margins reached (n, k).
+
+        As many ranks at once as the batch has room for, so that few examples left do not mean small steps of work. What
+        an example finds does not depend on how many that are: it leaves with the first rank that fools it.
+        """
+        first, count = self.stage + 1, ranks.shape[1]
+        self.stage += count
+        reached = torch.full(ranks.shape, -torch.inf, device=self.eps.device)
+        at_once = max(1, len(self.robust) // max(1, len(index)))
+        rows = torch.arange(len(index), device=index.device)
+        for rank in range(0, count, at_once):
+            rows = rows[survivors(self.robust[index[rows]])]
+            if not len(rows):
+                break
+            chosen = ranks[rows, rank : rank + at_once]
+            starts = [self._start(index[rows], first + rank + copy) for copy in range(chosen.shape[1])]
+            reached[rows, rank : rank + at_once] = self._towards(index[rows], chosen, torch.cat(starts), steps)
+        return reached
+
+    def _towards(self, index: Tensor, ranks: Tensor, start: Tensor, steps: int) -> Tensor:
+        """Climb, one step up the logit of the class of a rank (n, k), then its margin; return the margins reached."""
+        apart = self.found.apart(index.repeat(ranks.shape[1]))
+        target = apart.classes.gather(1, ranks.T.reshape(-1, 1)).squeeze(1)
 
         def score(logits: Tensor, index: Tensor, number: int) -> Tensor:
             if number == 0:
                 return logits.gather(1, target[index][:, None]).squeeze(1)
-            return margin_to(logits, self.found.y[index], target[index])
+            return margin_to(logits, apart.y[index], target[index])
 
-        lengths = [self.eps, *cosine(self.eps, steps - 1)]
-        self._climb(self._start(index), index, score, lengths)
+        eps = self.eps[index].repeat(ranks.shape[1])
+        apart.climb(start, apart.everyone, score, [eps, *cosine(eps, steps - 1)])
+        reached, left = self.found.join(apart, index)
+        self._left(index, left)
+        return reached
 
-    def _squares(self, index: Tensor, queries: int, share: float, start: Tensor | None) -> None:
+    def _squares(
+        self, index: Tensor, queries: int, share: float, generator: torch.Generator, start: Tensor | None
+    ) -> None:
         found, here = self.found, self.threat.select(index)
         images = square(
             found.model,
@@ -251,7 +224,7 @@ class _Run:
             found.y[index],
             here,
             queries=queries,
-            generator=self.generator,
+            generator=generator,
             p_init=share,
             start=start,
         )
@@ -264,12 +237,10 @@ class _Run:
         self.robust[index] = False
         self.robust[left] = True
 
-    def _not_below(self, highest: Tensor, best: Tensor) -> None:
-        """Put back the images from before where they were better."""
-        found = self.found
-        better = highest > found.highest
-        found.best = torch.where(better.view(-1, *[1] * (best.dim() - 1)), best, found.best)
-        found.highest = torch.maximum(highest, found.highest)
+
+def _child(generator: torch.Generator) -> torch.Generator:
+    seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+    return torch.Generator(device=generator.device).manual_seed(int(seed))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ class Stream:
         self._keys = _mix_(_keys(x, _places(x)) ^ seed)
         self._calls = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are drawn."""
+        return self._keys.device
+
     def seek(self, call: int) -> None:
         """Go on as after `call` calls: what comes then does not depend on how many there were."""
         self._calls = call

@@ -103,6 +103,25 @@ class Search:
         """The positions of all examples."""
         return torch.arange(self.x.shape[0], device=self.x.device)
 
+    def apart(self, rows: Tensor) -> Search:
+        """Return a search for the examples at `rows` (n,), each as often as it is there, that has found nothing yet."""
+        other = Search(self.model, self.x[rows], self.y[rows], self.threat.select(rows))
+        other.classes = self.classes[rows]
+        return other
+
+    def join(self, other: Search, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what a search apart found, the examples at `index` (n,) repeated k times: the first that fools, else the
+        highest. Return the margins that it reached (n, k), and which examples are still robust."""
+        reached = other.highest.view(-1, len(index))
+        fools = reached > 0
+        copy = torch.where(fools.any(0), fools.int().argmax(0), reached.argmax(0))
+        everyone = torch.arange(len(index), device=index.device)
+        highest, images = reached[copy, everyone], other.best[copy * len(index) + everyone]
+        better = highest > self.highest[index]
+        self.best[index] = torch.where(better.view(-1, *[1] * (images.dim() - 1)), images, self.best[index])
+        self.highest[index] = torch.where(better, highest, self.highest[index])
+        return reached.T, index[survivors(~fools.any(0))]
+
     def climb(self, images: Tensor, alive: Tensor, score: Score, lengths: Sequence[Tensor]) -> Tensor:
         """Climb `score` from `images` (n, ...), those of the examples at `alive` (n,); return which are still robust.
 

@@ -23,6 +23,9 @@ from robustkit.params import Fraction, PositiveInt
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After these queries the share of changed pixels is halved (section 5.1, for a budget of 10,000)."""
 
+AHEAD = 64
+"""Queries that signs are drawn for at once."""
+
 
 @dataclass
 class _Pool:
@@ -63,7 +66,8 @@ def square(
     stream = Stream(x, generator)
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     windows = random.Random(seed)
-    moves = _Linf(stream, windows) if threat.norm == "linf" else _Eta(stream, windows, threat.norm)
+    signs = _Signs(stream, len(x), shape[1])
+    moves = _Linf(signs, windows) if threat.norm == "linf" else _Eta(signs, windows, threat.norm)
     images = x.detach().reshape(shape)
     everyone = torch.arange(len(x), device=x.device)
     pool = _Pool(
@@ -110,24 +114,40 @@ def window_sides(part: float, height: int, width: int, least: int = 1) -> tuple[
     return tall, wide
 
 
+class _Signs:
+    """A sign for each channel of each example, drawn for many queries ahead: one draw costs as much as many."""
+
+    def __init__(self, stream: Stream, examples: int, channels: int) -> None:
+        self.stream, self.channels = stream, channels
+        self.everyone = torch.arange(examples, device=stream.device)
+        self.drawn: list[Tensor] = []
+
+    def of(self, index: Tensor) -> Tensor:
+        """Return -1 and 1 (n, channels, 1, 1) for the examples at `index` (n,)."""
+        if not self.drawn:
+            ahead = self.stream.signs(self.everyone, AHEAD * self.channels)
+            self.drawn = list(ahead.view(len(ahead), AHEAD, self.channels, 1, 1).unbind(1))
+        return self.drawn.pop()[index]
+
+
 class _Linf:
     """Patches of -eps or eps a channel; the start are vertical stripes."""
 
-    def __init__(self, stream: Stream, windows: random.Random) -> None:
-        self.stream, self.windows = stream, windows
+    def __init__(self, signs: _Signs, windows: random.Random) -> None:
+        self.signs, self.windows = signs, windows
 
     def start(self, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Return x with stripes of -eps or eps, one pixel wide."""
         _, channels, _, width = x.shape
-        stripes = self.stream.signs(index, channels * width).view(-1, channels, 1, width)
+        stripes = self.signs.stream.signs(index, channels * width).view(-1, channels, 1, width)
         return within(x, x + stripes * threat.eps_for(x), threat)
 
     def propose(self, pool: _Pool, threat: Threat, part: float) -> Tensor:
         """Return the best images with one window set to -eps or eps."""
-        _, channels, height, width = pool.x.shape
+        height, width = pool.x.shape[2:]
         tall, wide = window_sides(part, height, width)
         top, left = self.windows.randrange(height - tall + 1), self.windows.randrange(width - wide + 1)
-        signs = self.stream.signs(pool.index, channels).view(-1, channels, 1, 1)
+        signs = self.signs.of(pool.index)
         rows, columns = slice(top, top + tall), slice(left, left + wide)
         tried = pool.best.clone()
         tried[:, :, rows, columns] = (pool.x[:, :, rows, columns] + signs * pool.eps).clamp(0, 1)
@@ -137,17 +157,17 @@ class _Linf:
 class _Eta:
     """l2 and l1: bumps whose norm is taken from another window, so that the whole budget stays in use."""
 
-    def __init__(self, stream: Stream, windows: random.Random, norm: str) -> None:
-        self.stream, self.windows, self.order = stream, windows, 2 if norm == "l2" else 1
+    def __init__(self, signs: _Signs, windows: random.Random, norm: str) -> None:
+        self.signs, self.windows, self.order = signs, windows, 2 if norm == "l2" else 1
 
     def start(self, x: Tensor, threat: Threat, index: Tensor) -> Tensor:
         """Return x with a grid of bumps."""
-        _, channels, height, width = x.shape
+        height, width = x.shape[2:]
         side = max(min(height, width) // 5, 1)
         change = torch.zeros_like(x)
         for top in range((height % side) // 2, height - side + 1, side):
             for left in range((width % side) // 2, width - side + 1, side):
-                signs = self.stream.signs(index, channels).view(-1, channels, 1, 1)
+                signs = self.signs.of(index)
                 change[:, :, top : top + side, left : left + side] += self._bump(side, side, x) * signs
         return within(x, x + change / self._norm(change) * threat.eps_for(x), threat)
 
@@ -161,7 +181,7 @@ class _Eta:
         both[here], both[there] = 1, 1
         freed = self._each(change * both) ** self.order
         left = (pool.eps**self.order - self._norm(change) ** self.order).clamp_min(0)
-        signs = self.stream.signs(pool.index, channels).view(-1, channels, 1, 1)
+        signs = self.signs.of(pool.index)
         old = change[here]
         fresh = self._bump(tall, wide, change) * signs + old / self._each(old)
         budget = (left / channels + freed) ** (1 / self.order)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from robustkit.attacks.apgd import Apgd
 from robustkit.attacks.autoattack import AutoAttack
-from robustkit.attacks.cascade import SCHEDULES, Cascade
+from robustkit.attacks.cascade import Cascade
 from robustkit.attacks.hyperplane import onto_hyperplane
 from robustkit.attacks.losses import dlr, dlr_to, margin
+from robustkit.attacks.schedules import SCHEDULES
 from robustkit.attacks.square import Square
 from robustkit.attacks.threat import Threat
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
@@ -65,6 +66,25 @@ def test_no_scale_of_the_outputs_hides_anything(kind: str) -> None:
     clean, found = attacked(Then(model, kind), x, y, Cascade(), Threat("linf", 0.1))
     clear = np.abs(left) > 1e-3
     assert (found.correct[clear] == (clean.correct & (left > 0))[clear]).all()
+
+
+def test_an_example_s_company_changes_nothing() -> None:
+    """Not how many targets are climbed towards at once, nor whether others are polished before the search."""
+    x, y = digits()
+    model = softmax_regression()
+    left = slack(model, x, y, "linf", 0.05)
+    close = [int(one) for one in np.flatnonzero((left > 0) & (left < 0.02))[:3]]
+    far = [int(one) for one in np.flatnonzero(left > 0.5)[:40]]
+    assert len(close) == 3
+    threat, attack = Threat("linf", 0.05), Cascade()
+
+    def found(rows: list[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return attack(model, x[rows], y[rows], threat, generator=generator)
+
+    together, apart = found(far + close), torch.cat([found(far), found(close)])
+    torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found(close[:1]), together[len(far)][None], atol=1e-6, rtol=0)
 
 
 def test_what_has_no_gradient_is_searched() -> None:
@@ -174,7 +194,7 @@ def test_dlr_does_not_see_scale_or_shift() -> None:
 def test_check_says_what_the_cascade_costs_at_most(budget: str) -> None:
     plan = SCHEDULES[budget]  # type: ignore[index]
     steps = [plan.probe, plan.direction, *[plan.target_steps] * plan.targets]
-    steps += [plan.refine_steps] * plan.refine_targets + [plan.restart_steps] * plan.restarts
+    steps += [plan.refine_steps] * plan.refine_targets + [plan.restart_steps] * plan.restarts * plan.refine_targets
     searches = [count + 1 for count in (plan.polish, plan.queries) if count]
     total = sum(2 * count + 1 for count in steps) + sum(searches)
     assert CASCADE[budget] == total

@@ -16,6 +16,8 @@ from robustkit.modules import module_file
 FOREIGN = frozenset({"torch", "torchvision", *sys.stdlib_module_names})
 """Packages whose classes own no hooks and take no parameters of a recipe: not worth parsing."""
 DEFENSE = Path(__file__).parent / "train" / "hooks.py"
+PRUNING_MODULE = ["torch", "nn", "utils", "prune"]
+PRUNING_FILE = ("torch", "nn", "utils", "prune.py")
 MAX_STEPS = 30
 """How many imports and bases are followed, so that a circle of them ends."""
 Found = tuple[Path, ast.ClassDef]
@@ -69,6 +71,28 @@ def hooks_of(path: Path, name: str) -> tuple[str, ...]:
     # `Defense` has every hook, so that no base behind it has a say.
     before = takewhile(lambda found: (found[0], found[1].name) != (DEFENSE, "Defense"), lineage(path, name))
     return tuple(dict.fromkeys(name for _, node in before for name in _members(node)))
+
+
+def is_pruning_method(path: Path, name: str) -> bool:
+    """Say whether a class is one of torch.nn.utils.prune, or inherits from one."""
+    return any(
+        file.parts[-4:] == PRUNING_FILE or any(_is_torchs(file, base) for base in node.bases)
+        for file, node in lineage(path, name)
+    )
+
+
+def _is_torchs(path: Path, base: ast.expr) -> bool:
+    """Say whether a base is a name of torch.nn.utils.prune, by the imports of its file."""
+    parts = _parts(base)
+    for node in ast.walk(parse(path)) if parts else ():
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            head = (alias.asname or alias.name).split(".")
+            if parts[: len(head)] == head:
+                module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                full = [*f"{module}{alias.name}".split("."), *parts[len(head) :]]
+                if full[:-1] == PRUNING_MODULE:
+                    return True
+    return False
 
 
 def _members(node: ast.ClassDef) -> Iterator[str]:

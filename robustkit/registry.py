@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +16,10 @@ from robustkit.builtin import ENTRY_POINTS
 from robustkit.builtin import KINDS as KINDS
 from robustkit.builtin import Kind as Kind
 from robustkit.checking import check_values
+from robustkit.classes import is_pruning_method
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.modules import absolute, code_of, import_file, module_file, package_folder, source_of
+from robustkit.params import Integer, Number
 from robustkit.signatures import (
     Parameter,
     classes_of,
@@ -29,6 +31,8 @@ from robustkit.signatures import (
 
 TORCHATTACKS = "torchattacks."
 TORCHVISION = "torchvision."
+PRUNING = Path(__file__).parent / "compress" / "torch_methods.py"
+COUNT_OR_SHARE = Integer | Number
 Made = TypeVar("Made", bound=Callable[..., Any])
 
 
@@ -163,7 +167,8 @@ def summary(entry: Entry) -> str:
 def parameters(entry: Entry) -> tuple[Parameter, ...]:
     """Return the plugin's parameters, read from its source without running it."""
     if entry.origin == "registered":
-        return parameters_of_object(_registered.objects[entry.kind, entry.name])
+        found = parameters_of_object(_registered.objects[entry.kind, entry.name])
+        return _with_timing(found) if is_torch_pruning(entry) else found
     if entry.file is None:
         return ()
     if entry.origin == "torchvision":
@@ -171,11 +176,22 @@ def parameters(entry: Entry) -> tuple[Parameter, ...]:
 
         return builder_parameters(entry.file, entry.attribute)
     found = read_parameters(entry.file, entry.attribute, untyped=entry.origin != "builtin")
+    if is_torch_pruning(entry):
+        return _with_timing(found)
     if entry.origin == "torchattacks":
         from robustkit.attacks.torchattacks_table import FIXED_BY_ROBUSTKIT
 
         return tuple(one for one in found if one.name not in FIXED_BY_ROBUSTKIT)
     return found
+
+
+def _with_timing(own: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """Return the parameters of a method for torch.nn.utils.prune with those that say when it prunes."""
+    names = {one.name for one in own}
+    # torch's methods have no annotations; their amount is a count or a share.
+    typed = (replace(one, annotation="int | float", type=COUNT_OR_SHARE) if one.type is Any else one for one in own)
+    found = (other if one.name == "amount" else one for one, other in zip(own, typed, strict=True))
+    return (*found, *(one for one in read_parameters(PRUNING, "Timing") if one.name not in names))
 
 
 def check_parameters(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -185,7 +201,23 @@ def check_parameters(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, 
         from robustkit.models.torchvision_signatures import WEIGHTS
 
         mistakes = [(name, WEIGHTS if name == "weights" else what) for name, what in mistakes]
+    if clean.get("schedule") == "cubic" and is_torch_pruning(entry) and not _is_share(clean.get("amount")):
+        mistakes.append(("schedule", f"cubic: {entry.name} needs an `amount` that is a share in [0, 1], e.g. 50%"))
     return clean, mistakes
+
+
+def _is_share(amount: object) -> bool:
+    return isinstance(amount, float) and 0 <= amount <= 1
+
+
+def is_torch_pruning(entry: Entry) -> bool:
+    """Say whether a plugin is a pruning method for torch.nn.utils.prune, torch's own or a user's."""
+    if entry.kind != "compressor" or entry.origin == "builtin":
+        return False
+    if entry.origin == "registered":
+        made = _registered.objects[entry.kind, entry.name]
+        return any(one.__module__ == "torch.nn.utils.prune" for one in getattr(made, "__mro__", ()))
+    return entry.file is not None and is_pruning_method(entry.file, entry.attribute)
 
 
 def load(entry: Entry) -> Any:  # noqa: ANN401
@@ -216,6 +248,10 @@ def create(entry: Entry, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
         from robustkit.attacks.torchattacks import TorchAttack
 
         return TorchAttack(entry.attribute, dict(values))
+    if is_torch_pruning(entry):
+        from robustkit.compress.torch_methods import make_method
+
+        return make_method(load(entry), values)
     return load(entry)(**values)
 
 

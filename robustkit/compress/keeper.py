@@ -12,7 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext, Compressor, Counting, cubic_sparsity
 from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
-from robustkit.compress.prune import TorchMethod
+from robustkit.compress.torch_methods import TorchMethod
 from robustkit.errors import ModelError, UsageError
 from robustkit.results import Flag
 from robustkit.seeding import derive_seed

@@ -177,32 +177,3 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     # Drawn where the generator lives, so that CPU and GPU drop the same weights.
     draw = torch.rand(like.shape, generator=generator, device=generator.device)
     return draw.to(like.device, like.dtype)
-
-
-@dataclass(frozen=True)
-class TorchMethod:
-    """A torch.nn.utils.prune method of anyone's, applied to each layer once; what it drops is its own affair."""
-
-    method: prune.BasePruningMethod
-    sparsity: float = 0.0
-    schedule: Schedule = "one_shot"
-    begin: float = 0.0
-    end: float = 0.0
-    updates: int = 1
-
-    def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
-        """Return what the method's compute_mask returns for every prunable weight."""
-        found: dict[str, Tensor] = {}
-        devices = {weight.device for _, weight in prunable(model) if weight.is_cuda}
-        with torch.random.fork_rng(devices=list(devices)):
-            # Random methods of torch's draw from the global generators.
-            torch.manual_seed(context.generator.initial_seed())
-            for name, weight in prunable(model):
-                found[name] = self.method.compute_mask(weight.detach(), current.of(name, weight.detach()))
-        return current.narrowed(found)
-
-    def check(self, model: nn.Module, context: CompressContext) -> None:
-        """Accept whatever the method reached, but no layer that it emptied."""
-        for name, weight in prunable(model):
-            if not bool((weight != 0).any()):
-                raise ModelError(f"{type(self.method).__name__} emptied the layer of {name}")

@@ -73,6 +73,19 @@ def hooks_of(path: Path, name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, node in before for name in _members(node)))
 
 
+def literal_of(path: Path, name: str, attribute: str) -> object:
+    """Return the value of a class attribute that is written as a literal, nearest class first; None for any other."""
+    for _, node in lineage(path, name):
+        for item in node.body:
+            targets = item.targets if isinstance(item, ast.Assign) else []
+            targets = [item.target] if isinstance(item, ast.AnnAssign) else targets
+            if any(isinstance(one, ast.Name) and one.id == attribute for one in targets):
+                with suppress(ValueError, TypeError):
+                    return ast.literal_eval(item.value)  # type: ignore[attr-defined]
+                return None
+    return None
+
+
 def is_pruning_method(path: Path, name: str) -> bool:
     """Say whether a class is one of torch.nn.utils.prune, or inherits from one."""
     return any(

@@ -16,7 +16,7 @@ from robustkit.builtin import ENTRY_POINTS
 from robustkit.builtin import KINDS as KINDS
 from robustkit.builtin import Kind as Kind
 from robustkit.checking import check_values
-from robustkit.classes import is_pruning_method
+from robustkit.classes import is_pruning_method, literal_of
 from robustkit.errors import UsageError, did_you_mean
 from robustkit.modules import absolute, code_of, import_file, module_file, package_folder, source_of
 from robustkit.params import Integer, Number
@@ -208,6 +208,16 @@ def check_parameters(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, 
 
 def _is_share(amount: object) -> bool:
     return isinstance(amount, float) and 0 <= amount <= 1
+
+
+def declared_norms(entry: Entry) -> tuple[str, ...]:
+    """Return the norms that a user's attack or defense says it works under (`norms = ("linf", "l2")`); () for any."""
+    if entry.origin == "registered":
+        found = getattr(_registered.objects[entry.kind, entry.name], "norms", ())
+    else:
+        found = literal_of(entry.file, entry.attribute, "norms") if entry.file else ()
+    given = found if isinstance(found, tuple | list) else ()
+    return tuple(one for one in given if isinstance(one, str))
 
 
 def is_torch_pruning(entry: Entry) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal
 
+from robustkit import registry
 from robustkit.attacks.torchattacks_table import PROFILES
+from robustkit.errors import UsageError
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import ThreatSpec, Use, VariantSpec
@@ -36,8 +39,8 @@ INSTEAD = {"linf": "fmn", "l2": "ddn", "l1": "pdpgd", "l0": "sigma_zero"}
 def check_attacks(reader: Reader, path: PathTuple, attacks: Iterable[Use], threat: ThreatSpec) -> None:
     """Note each attack that cannot be run under the threat's norm."""
     for use in attacks:
-        norms = ATTACK_NORMS.get(use.name)
-        if norms is not None and threat.norm not in norms:
+        norms = ATTACK_NORMS.get(use.name) or _declared(reader, "attack", use)
+        if norms and threat.norm not in norms:
             reader.problem(
                 (*path, *_position(reader, path, use)),
                 f"{use.name} works under {' or '.join(norms)}; the threat is {threat.norm}",
@@ -64,17 +67,24 @@ def check_defenses(reader: Reader, variants: Iterable[VariantSpec]) -> None:
     for variant in variants:
         norm = variant.threat.norm
         for use in variant.defenses:
-            norms = DEFENSE_NORMS.get(use.name)
+            norms = DEFENSE_NORMS.get(use.name) or _declared(reader, "defense", use)
             inherited = (variant.parent or "", use.label, norm) in told
-            if norms is None or norm in norms or variant.train is None:
+            if not norms or norm in norms or variant.train is None:
                 continue
             told.add((variant.label, use.label, norm))
             if not inherited:
                 reader.problem(
                     _meeting(reader, variant, use),
                     f"{use.name} trains against {' or '.join(norms)}; the threat is {norm}",
-                    "use pgd_training" if norm == "l2" else "change the threat's norm",
+                    "use pgd_training" if norm in DEFENSE_NORMS["pgd_training"] else "change the threat's norm",
                 )
+
+
+def _declared(reader: Reader, kind: Literal["attack", "defense"], use: Use) -> tuple[str, ...]:
+    """Return the norms that the class of a user's own declares."""
+    with suppress(UsageError):
+        return registry.declared_norms(registry.find(kind, use.name, folder=reader.folder, plugins=reader.plugins))
+    return ()
 
 
 def _meeting(reader: Reader, variant: VariantSpec, use: Use) -> PathTuple:

@@ -49,6 +49,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
             on_event=bench.events,
             checkpoint=StateFile(bench.store.step(step.key) / STATE, bench.warn),
             augment=[bench.create("augmentation", use) for use in variant.train.augment],  # type: ignore[misc]
+            create=bench.create,
         )
         model = fitted.model
         record |= {

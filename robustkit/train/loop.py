@@ -16,7 +16,7 @@ from robustkit.data.augment import Augmentation
 from robustkit.data.batches import epoch_order, resident, training_batches
 from robustkit.data.split import Dataset, Split
 from robustkit.errors import TrainingError
-from robustkit.recipe.spec import TrainSpec
+from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
 from robustkit.train.guards import Guards, Verdict
@@ -40,10 +40,17 @@ from robustkit.train.step import train_step
 from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy, robust_subset
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
+Create = Callable[[registry.Kind, Use], Any]
+"""Makes the plugin of a kind that a use in a recipe asks for."""
 CHECK_EVERY = 100
 """Steps between two looks at whether the loss is still finite: each look waits for the device."""
 SHOW_EVERY = 0.25
 """Seconds between two events for a progress bar."""
+
+
+def create_by_name(kind: registry.Kind, use: Use) -> Any:  # noqa: ANN401
+    """Return a plugin by its name alone: built-in, from an entry point, registered, or `module:Class`."""
+    return registry.create(registry.find(kind, use.name), use.parameters)
 
 
 @dataclass
@@ -72,18 +79,19 @@ def fit(
     on_event: OnEvent,
     checkpoint: Checkpoint | None = None,
     augment: Sequence[Augmentation] = (),
+    create: Create = create_by_name,
 ) -> Fitted:
     """Train a model with its defenses and return it with its best weights.
 
     The best epoch is chosen on the validation split: by attacked accuracy where a defense trains on perturbed images
     or `select` asks for it, else by clean accuracy. The test split is never looked at. Every epoch starts from seeds
     derived from (seed, key, plugin, epoch), so a training that is resumed from `checkpoint` gives the numbers of an
-    undisturbed one.
+    undisturbed one. `create` makes the optimizer and the schedule that the spec names.
 
     Raises:
         TrainingError: the loss is not finite after three returns with half the learning rate.
     """
-    run = _Run(model, data, spec, defenses, threat, seed, key, device, on_event, augment)
+    run = _Run(model, data, spec, defenses, threat, seed, key, device, on_event, augment, create)
     return run.fit(checkpoint)
 
 
@@ -102,6 +110,7 @@ class _Run:
         device: torch.device,
         on_event: OnEvent,
         augment: Sequence[Augmentation],
+        create: Create = create_by_name,
     ) -> None:
         self.spec, self.defenses, self.threat = spec, defenses, threat
         self.seed, self.key, self.device = seed, key, device
@@ -115,16 +124,12 @@ class _Run:
         # Shown where it is asked for; no decision ever reads it.
         self.test = data.test.to(device) if spec.monitor_test else None
         self.model, self.layout = to_channels_last(self._prepare_model(model.to(device)), self.train.shape, device)
-        self.optimizer = self._optimizer()
-        self.schedule: SchedulePlugin = self._plugin("schedule")
+        self.optimizer = self._optimizer(create("optimizer", spec.optimizer))
+        self.schedule: SchedulePlugin = create("schedule", spec.schedule)
         self.runner: Callable[[Tensor], Tensor] = torch.compile(self.model) if spec.compile else self.model
         self.precision = self._precision()
         # Built once: hooks that were inserted must be there before a state is taken or put back.
         self.initial = snapshot(self.model, self.optimizer, self.defenses)
-
-    def _plugin(self, kind: registry.Kind) -> Any:  # noqa: ANN401
-        use = self.spec.optimizer if kind == "optimizer" else self.spec.schedule
-        return registry.create(registry.find(kind, use.name), use.parameters)
 
     def _prepare_data(self, data: Dataset) -> tuple[Split, Tensor | None]:
         probe = Probe(data.train, self.classes, self.device, derive_seed(self.seed, self.key, "probe"))
@@ -156,11 +161,10 @@ class _Run:
             model = defense.prepare_model(model)
         return model
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self, plugin: OptimizerPlugin) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [{"params": [p for p in self.model.parameters() if p.requires_grad]}]
         for _, defense in self.defenses:
             groups = defense.parameter_groups(groups, self.model)
-        plugin: OptimizerPlugin = self._plugin("optimizer")
         optimizer = plugin.build(groups)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

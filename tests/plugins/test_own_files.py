@@ -136,3 +136,76 @@ def test_a_data_source_that_fails_is_named(
     shown = capsys.readouterr()
     assert "error: data 'Mine' fails" in shown.err
     assert "Traceback" not in shown.err
+
+
+TRAINING = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from robustkit.train.hooks import Defense
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Gradient descent that notes its peak."""
+
+    lr: float = 0.1
+
+    def build(self, groups):
+        return torch.optim.SGD(groups, lr=self.lr)
+
+
+@dataclass(frozen=True)
+class Never:
+    """A learning rate of zero: nothing may be learned."""
+
+    def factor(self, progress, epoch):
+        return 0.0
+
+
+class OnlyL2(Defense):
+    """Trains against l2 alone."""
+
+    norms: ClassVar[tuple[str, ...]] = ("l2",)
+
+
+class L1Attack:
+    """Attacks under l1 alone."""
+
+    norms = ("l1",)
+
+    def __call__(self, model, x, y, threat, *, generator):
+        return x
+'''
+SCHEDULED = """\
+name: own
+data: {digits: {limit: 200}}
+model: {small_cnn: {widths: [4, 4]}}
+threat: {norm: linf, eps: 0.1}
+train: {epochs: 2, batch_size: 50, optimizer: {OPTIMIZER: {lr: 0.2}}, schedule: SCHEDULE, guards: false}
+variants: {a: DEFENSES}
+evaluate: {attacks: [ATTACK], latency: false, examples: 20}
+"""
+
+
+@pytest.mark.parametrize("where", ["", "own.py:"])
+def test_optimizers_and_schedules_of_ones_own(tmp_path: Path, where: str) -> None:
+    (tmp_path / "own.py").write_text(TRAINING)
+    text = SCHEDULED.replace("OPTIMIZER", f"'{where}Plain'").replace("SCHEDULE", f"'{where}Never'")
+    text = text.replace("DEFENSES", "").replace("ATTACK", "noise") + ("" if where else "plugins: [own.py]\n")
+    (tmp_path / "recipe.yaml").write_text(text)
+    (variant,) = robustkit.run(tmp_path / "recipe.yaml", runs=tmp_path / "runs").variants
+    assert [row.lr for row in variant.epochs] == [0, 0], "the schedule of one's own was used"
+
+
+def test_own_attacks_and_defenses_declare_their_norms(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(TRAINING)
+    text = SCHEDULED.replace("OPTIMIZER", "sgd").replace("SCHEDULE", "constant") + "plugins: [own.py]\n"
+    with pytest.raises(RecipeError, match="OnlyL2 trains against l2; the threat is linf"):
+        parse_recipe(text.replace("DEFENSES", "{defenses: [OnlyL2]}").replace("ATTACK", "noise"), folder=tmp_path)
+    with pytest.raises(RecipeError, match="L1Attack works under l1; the threat is linf"):
+        parse_recipe(text.replace("DEFENSES", "").replace("ATTACK", "L1Attack"), folder=tmp_path)
+    fits = text.replace("norm: linf", "norm: l2").replace("DEFENSES", "{defenses: [OnlyL2]}").replace("ATTACK", "noise")
+    parse_recipe(fits, folder=tmp_path)

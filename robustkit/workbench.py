@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from robustkit import registry
+from robustkit.attacks.engine import Allowed
 from robustkit.attacks.threat import Threat
 from robustkit.data.load import load_dataset
 from robustkit.data.split import Dataset, Split
@@ -44,6 +45,11 @@ class Workbench:
     def recipe(self) -> Recipe:
         """The recipe of the plan."""
         return self.plan.recipe
+
+    @property
+    def allowed(self) -> Allowed:
+        """How attacks may run the models."""
+        return Allowed(self.recipe.evaluate.precision, self.recipe.evaluate.compile)
 
     def dataset(self, validation: float) -> Dataset:
         """Return the data with this share of the training data cut off for validation; loaded once."""

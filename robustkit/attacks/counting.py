@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
-from robustkit.attacks.layout import laid_out
+from robustkit.attacks.engine import PLAIN, Engine
 
 
 class CountedModel(nn.Module):
     """A model that counts examples, summed over all calls; a backward counts when a gradient reaches the logits.
 
-    `layout`: the memory layout in which the model gets its images.
+    `engine`: the way in which the model is run.
     """
 
-    def __init__(self, model: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> None:
+    def __init__(self, model: nn.Module, engine: Engine = PLAIN) -> None:
         super().__init__()
         self.model = model
-        self.layout = layout
+        self.engine = engine
         self.forwards = 0
         self.backwards = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits."""
         self.forwards += x.shape[0]
-        logits: Tensor = self.model(laid_out(x, self.layout))
+        logits = self.engine(self.model, x)
         if logits.requires_grad:
             logits.register_hook(self._backward)
         return logits
 
     def _backward(self, gradient: Tensor) -> None:
         self.backwards += gradient.shape[0]
+
+    @contextmanager
+    def running(self, engine: Engine) -> Iterator[None]:
+        """Run the model in another way meanwhile."""
+        before, self.engine = self.engine, engine
+        try:
+            yield
+        finally:
+            self.engine = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustkit import registry, stats
+from robustkit.attacks.engine import Allowed
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.errors import ModelError, UsageError
@@ -124,6 +125,8 @@ def evaluate(
     batch_size: int = 256,
     quantize_input: bool = False,
     audit: int = 0,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    compile: bool = False,
 ) -> Evaluation:
     """Attack a model and return its clean and attacked accuracy with intervals, costs and flags.
 
@@ -134,7 +137,9 @@ def evaluate(
     an attack raises. A model in float16, bfloat16 or float64 gets the images in its own type. Under
     `torch.inference_mode()` the attacks have their gradients all the same. `quantize_input`: adversarial images are
     rounded to multiples of 1/255 before they are judged, within the ball; x has to be of 8 bits then. `audit`: so many
-    random survivors meet AutoAttack-standard, which takes a hundred times as long each.
+    random survivors meet AutoAttack-standard, which takes a hundred times as long each. `precision`: what attacks may
+    search in (`auto`: bfloat16 where a GPU has it and it measures faster); a success counts only if the model in
+    its own precision agrees. `compile`: attacks may use `torch.compile`, where it measures faster; trying takes long.
 
     Raises:
         UsageError: images outside [0, 1] or not of 8 bits where they have to be, labels that do not fit, an unknown
@@ -148,7 +153,8 @@ def evaluate(
         images, labels = checked_examples(x, y, threat)
         made = make_attacks(attacks)
         module = as_module(model)
-        found = _evaluated(module, images, labels, threat, made, seed, batch_size, quantize_input)
+        allowed = Allowed(precision, compile)
+        found = _evaluated(module, images, labels, threat, made, seed, batch_size, quantize_input, allowed)
         if not audit:
             return found
         audited = audit_survivors(
@@ -162,6 +168,7 @@ def evaluate(
             batch_size=batch_size,
             device=device_of(module, images.device),
             quantize_input=quantize_input,
+            allowed=allowed,
         )
         return replace(found, audit=audited, flags=[*found.flags, *audit_flags(audited)])
 
@@ -175,6 +182,7 @@ def _evaluated(
     seed: int,
     batch_size: int,
     quantize_input: bool,
+    allowed: Allowed,
 ) -> Evaluation:
     device = device_of(module, images.device)
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
@@ -192,6 +200,7 @@ def _evaluated(
             batch_size=batch_size,
             device=device,
             quantize_input=quantize_input,
+            allowed=allowed,
         )
     found = _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
     return replace(found, quantized=quantize_input)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustkit.attacks.active import survivors
 from robustkit.attacks.after import After
 from robustkit.attacks.counting import CountedModel
-from robustkit.attacks.layout import attack_layout
+from robustkit.attacks.engine import PLAIN, TRIED, Allowed, choose_engine
 from robustkit.attacks.projection import distances as distances
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import AttackError, ModelError, UsageError
@@ -23,6 +26,7 @@ from robustkit.evaluation.silent import Watched
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.seeding import derive_seed
 
+FASTEST = Allowed()
 Progress = Callable[[int, int], None]
 """(examples done, examples to do)"""
 AttackProgress = Callable[[int, int, int], None]
@@ -122,6 +126,7 @@ def attack_outcome(
     keep: int = 0,
     quantize_input: bool = False,
     probes: Tensor | None = None,
+    allowed: Allowed = FASTEST,
     on_progress: AttackProgress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Outcome:
@@ -137,7 +142,7 @@ def attack_outcome(
     `keep`: how many of the first examples' images the outcome holds. `checkpoint`: where whole batches are kept, so
     that a run that was stopped goes on after them with the same result. `quantize_input`: what the attack found is
     rounded to 8 bits, within the ball, before the model is asked. `probes`: images like x that are tried first, such as
-    those that fooled a relative; the attack is run on what they leave.
+    those that fooled a relative; the attack is run on what they leave. `allowed`: how the search may run the model.
 
     Raises:
         AttackError: the attack returned something that is no batch of images.
@@ -149,23 +154,24 @@ def attack_outcome(
     seen = Seen.start(clean.prediction, as_images(x[:keep].to("cpu")), checkpoint)
     with undisturbed(model), torch.enable_grad():
         counted = CountedModel(model).eval()
-        counted.layout = attack_layout(model, as_images(x[:2].to(device)))
+        if len(todo):
+            counted.engine = choose_engine(counted.model, as_images(x[:TRIED].to(device)), allowed)
         size = batch_size
         while seen.done < len(todo):
             index = todo[seen.done : seen.done + size]
-            images = as_images(x[index.to(x.device)].to(device))
-            labels = y[index.to(y.device)].to(device)
-            generator = generator_for(attack, seed, label, int(index[0]), device)
-            budget = threat.select(index.to(device))
-            now = attack if probes is None else After(as_images(probes[index].to(device)), attack)
+            batch = Batch(
+                as_images(x[index.to(x.device)].to(device)),
+                y[index.to(y.device)].to(device),
+                threat.select(index.to(device)),
+                None if probes is None else as_images(probes[index].to(device)),
+            )
+            drawn = partial(generator_for, attack, seed, label, int(index[0]), device)
             try:
-                batch = attacked_batch(
-                    counted, images, labels, now, budget, generator=generator, label=label, quantize=quantize_input
-                )
+                judged = searched_batch(counted, batch, attack, drawn, label=label, quantize=quantize_input)
             except RuntimeError as error:
                 size = halved(len(index), error)
                 continue
-            seen.add(index, batch)
+            seen.add(index, judged)
             seen.pay(counted, time.perf_counter() - started)
             seen.save(checkpoint, last=seen.done == len(todo))
             if on_progress is not None:
@@ -173,23 +179,56 @@ def attack_outcome(
     return seen.outcome(y, keep=keep, minimal=bool(getattr(attack, "minimum_norm", False)))
 
 
-def attacked_batch(
+@dataclass(frozen=True)
+class Batch:
+    """Examples to attack: x (n, ...), y (n,), their threat, and images (n, ...) to try first, or None."""
+
+    x: Tensor
+    y: Tensor
+    threat: Threat
+    probes: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Batch:
+        """Return the examples at `index`."""
+        probes = None if self.probes is None else self.probes[index]
+        return Batch(self.x[index], self.y[index], self.threat.select(index), probes)
+
+
+def searched_batch(
     model: CountedModel,
-    x: Tensor,
-    y: Tensor,
+    batch: Batch,
     attack: Attack,
-    threat: Threat,
+    drawn: Callable[[], torch.Generator],
     *,
-    generator: torch.Generator,
     label: str,
     quantize: bool,
 ) -> Judged:
-    """Return what an attack made of one batch x (N, ...), y (N,), as the model sees it."""
+    """Return what an attack made of a batch; where a search in lower precision was wrong of its success, it goes on in
+    the model's own."""
+    judged = attacked_batch(model, batch, attack, drawn(), label=label, quantize=quantize)
+    if model.engine.exact:
+        return judged
+    with torch.no_grad():
+        claimed = predicted(model(judged.found)) != batch.y
+    again = survivors(claimed & (judged.answer == batch.y))
+    if not len(again):
+        return judged
+    with model.running(replace(model.engine, precision=None)):
+        exact = attacked_batch(model, batch.rows(again), attack, drawn(), label=label, quantize=quantize)
+    return judged.replaced(again, exact)
+
+
+def attacked_batch(
+    model: CountedModel, batch: Batch, attack: Attack, generator: torch.Generator, *, label: str, quantize: bool
+) -> Judged:
+    """Return what an attack made of one batch, as the model sees it."""
+    x, y, threat = batch.x, batch.y, batch.threat
+    first = attack if batch.probes is None else After(batch.probes, attack)
     # Attacks of robustkit's own keep the best image that they meet: nothing there to watch.
-    watched = None if getattr(attack, "seeded_by_example", False) else Watched(model, x, y, threat).eval()
+    watched = None if getattr(first, "seeded_by_example", False) else Watched(model, x, y, threat).eval()
     # A copy: what changes its input in place must still be measured against the clean images.
-    found = attack(model if watched is None else watched, x.clone(), y.clone(), threat, generator=generator)
-    ball = threat.with_eps(torch.inf) if getattr(attack, "minimum_norm", False) else threat
+    found = first(model if watched is None else watched, x.clone(), y.clone(), threat, generator=generator)
+    ball = threat.with_eps(torch.inf) if getattr(first, "minimum_norm", False) else threat
     found, length, outside = audited(found, x, ball, label, quantize=quantize)
     answer = asked(model, found)
     silent = torch.zeros_like(outside) if watched is None else (watched.met & (answer == y)).sum()
@@ -198,12 +237,8 @@ def attacked_batch(
 
 def asked(counted: CountedModel, images: Tensor) -> Tensor:
     """Return the classes (N,) that a model gives images as its user would ask it: in eval mode, in plain layout."""
-    layout, counted.layout = counted.layout, torch.contiguous_format
-    try:
-        with torch.no_grad():
-            return predicted(counted.eval()(images))
-    finally:
-        counted.layout = layout
+    with counted.running(PLAIN), torch.no_grad():
+        return predicted(counted.eval()(images))
 
 
 def halved(size: int, error: RuntimeError) -> int:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from robustkit import stats
 from robustkit.attacks.autoattack import AutoAttack
+from robustkit.attacks.engine import Allowed
 from robustkit.attacks.threat import Attack, Threat
-from robustkit.evaluation.attacked import AttackProgress, attack_outcome
+from robustkit.evaluation.attacked import FASTEST, AttackProgress, attack_outcome
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.seen import Checkpoint
 from robustkit.results import Audit
@@ -32,6 +33,7 @@ def audit(
     device: torch.device,
     attack: Attack = STANDARD,
     quantize_input: bool = False,
+    allowed: Allowed = FASTEST,
     on_progress: AttackProgress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Audit:
@@ -61,6 +63,7 @@ def audit(
         batch_size=batch_size,
         device=device,
         quantize_input=quantize_input,
+        allowed=allowed,
         on_progress=on_progress,
         checkpoint=checkpoint,
     )

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from robustkit.attacks.engine import Allowed
 from robustkit.attacks.threat import Attack, Norm, Threat
-from robustkit.evaluation.attacked import attack_outcome
+from robustkit.evaluation.attacked import FASTEST, attack_outcome
 from robustkit.evaluation.outcome import Outcome
 
 
@@ -27,6 +28,7 @@ def security_curve(
     batch_size: int,
     device: torch.device,
     quantize_input: bool = False,
+    allowed: Allowed = FASTEST,
 ) -> list[int]:
     """Return how many examples are still right at each eps, in the order given.
 
@@ -44,6 +46,7 @@ def security_curve(
         batch_size=batch_size,
         device=device,
         quantize_input=quantize_input,
+        allowed=allowed,
     )
     return [int(np.count_nonzero(broken > budget)) for budget in eps]
 
@@ -61,6 +64,7 @@ def broken_at(
     batch_size: int,
     device: torch.device,
     quantize_input: bool = False,
+    allowed: Allowed = FASTEST,
 ) -> NDArray[np.float64]:
     """Return, for each example (N,), the smallest of the eps at which the attack fools it.
 
@@ -85,6 +89,7 @@ def broken_at(
             batch_size=batch_size,
             device=device,
             quantize_input=quantize_input,
+            allowed=allowed,
         )
         broken[np.isinf(broken) & ~alive.correct] = budget
     return broken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +51,13 @@ class Judged:
     """How many results did not count, and were put back."""
     silent: Tensor
     """How many examples the attack had fooled on its way, but not with what it returned."""
+
+    def replaced(self, index: Tensor, other: Judged) -> Judged:
+        """Return this with the examples at `index` as another attempt left them."""
+        whole = {name: getattr(self, name).clone() for name in ("found", "answer", "length", "inside")}
+        for name, values in whole.items():
+            values[index] = getattr(other, name)
+        return replace(self, **whole, outside=self.outside + other.outside, silent=self.silent + other.silent)
 
 
 @dataclass

@@ -51,6 +51,8 @@ def recipe_schema() -> dict[str, Any]:
             "corruptions": {"type": "boolean"},
             "audit": {"type": "integer", "minimum": 0},
             "quantize_input": {"type": "boolean"},
+            "precision": {"enum": ["auto", "fp32", "bf16"]},
+            "compile": {"type": "boolean"},
         }
     )
     gate = {"anyOf": [{"type": "string"}, _object({"gate": {"type": "string"}, "confident": {"type": "boolean"}})]}

@@ -187,8 +187,11 @@ def _attack_steps(
 
 
 def _rounding(recipe: Recipe) -> dict[str, object]:
-    """Return what rounding adds to a key: nothing where there is none, so that older results stay valid."""
-    return {"quantize_input": True} if recipe.evaluate.quantize_input else {}
+    """Return what rounding and the search's ways add to a key: nothing by default, so that older results stay valid."""
+    asked = recipe.evaluate
+    rounding: dict[str, object] = {"quantize_input": True} if asked.quantize_input else {}
+    ways = {} if asked.precision == "auto" and not asked.compile else {"search": [asked.precision, asked.compile]}
+    return {**rounding, **ways}
 
 
 def _certify_steps(

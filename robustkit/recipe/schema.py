@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,8 @@ class EvaluateInput(Plain):
     corruptions: bool = False
     audit: Annotated[int, Field(ge=0, strict=True)] = 0
     quantize_input: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:

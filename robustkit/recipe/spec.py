@@ -85,6 +85,10 @@ class EvaluateSpec(Spec):
     """So many of the examples that withstand every attack meet AutoAttack-standard."""
     quantize_input: bool = False
     """Adversarial images are rounded to 8 bits before they are judged."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What attacks may search in; the model's own precision judges."""
+    compile: bool = False
+    """Attacks may compile the model, where it measures faster."""
 
 
 class GateSpec(Spec):

@@ -26,6 +26,7 @@ def audit_step(bench: Workbench, step: Step) -> None:
         batch_size=bench.recipe.evaluate.batch_size,
         device=bench.device,
         quantize_input=bench.recipe.evaluate.quantize_input,
+        allowed=bench.allowed,
         on_progress=bench.attacked,
         checkpoint=Partial(bench.store, step.key),
     )

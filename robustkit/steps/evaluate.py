@@ -84,6 +84,7 @@ def attack_step(bench: Workbench, step: Step) -> None:
         keep=len(test) if followed else shown,
         probes=_probes(bench, step, test.images),
         quantize_input=bench.recipe.evaluate.quantize_input,
+        allowed=bench.allowed,
         on_progress=bench.attacked,
         checkpoint=Partial(bench.store, step.key),
     )
@@ -209,6 +210,7 @@ def curve_step(bench: Workbench, step: Step) -> None:
             batch_size=recipe.evaluate.batch_size,
             device=bench.device,
             quantize_input=recipe.evaluate.quantize_input,
+            allowed=bench.allowed,
         )
         for name, attack in attacks.items()
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from robustkit.precision import autocast
 from robustkit.train.hooks import Batch, Defense, Forward, Step
 
 Hooked = Sequence[tuple[Defense, Step]]
@@ -46,11 +47,6 @@ def train_step(
     for defense, step in hooked:
         defense.after_step(step)
     return loss.detach(), right
-
-
-def autocast(device_type: str, precision: torch.dtype | None) -> AbstractContextManager[object]:
-    """Return the context in which operations run at `precision`; None leaves them as they are."""
-    return nullcontext() if precision is None else torch.autocast(device_type, dtype=precision)
 
 
 def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.cascade import Cascade
 from robustkit.attacks.counting import CountedModel
+from robustkit.attacks.engine import Engine
 from robustkit.attacks.gradient import Pgd
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
@@ -159,7 +160,7 @@ def art_pgd(subject: Subject) -> Result:
 
 def pure_passes(subject: Subject, layout: torch.memory_format = torch.contiguous_format) -> Result:
     """Take as many forwards and input gradients as PGD has steps, of all examples, and nothing else."""
-    counted = CountedModel(subject.model, layout).eval()
+    counted = CountedModel(subject.model, Engine(layout)).eval()
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(STEPS):
         for images in subject.x.split(256):

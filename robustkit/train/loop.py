@@ -14,16 +14,16 @@ from robustkit import registry
 from robustkit.attacks.threat import Threat
 from robustkit.data.augment import Augmentation
 from robustkit.data.batches import epoch_order, resident, training_batches
-from robustkit.data.split import Dataset, Split
+from robustkit.data.split import Dataset
 from robustkit.errors import TrainingError
 from robustkit.recipe.spec import TrainSpec
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
 from robustkit.train.guards import Guards, Verdict
-from robustkit.train.hooks import Batch, DataContext, Decision, EpochReport, Step, is_adversarial
+from robustkit.train.hooks import Batch, Decision, EpochReport, Step, is_adversarial
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
-from robustkit.train.probe import Probe
+from robustkit.train.prepare import prepare_data
 from robustkit.train.recovery import Recovery
 from robustkit.train.state import (
     Checkpoint,
@@ -109,7 +109,8 @@ class _Run:
         self.classes = len(data.classes)
         self.adversarial = any(is_adversarial(defense) for _, defense in defenses)
         self.notes: list[str] = []
-        self.train, self.weights = self._prepare_data(data)
+        prepared = prepare_data(data, defenses, seed=seed, key=key, device=device, log=self._log)
+        self.train, self.weights = resident(prepared.train, device, spec.memory_limit), prepared.weights
         self.validation = data.validation.to(device)
         self.attacked = robust_subset(self.validation)
         # Shown where it is asked for; no decision ever reads it.
@@ -125,27 +126,6 @@ class _Run:
     def _plugin(self, kind: registry.Kind) -> Any:  # noqa: ANN401
         use = self.spec.optimizer if kind == "optimizer" else self.spec.schedule
         return registry.create(registry.find(kind, use.name), use.parameters)
-
-    def _prepare_data(self, data: Dataset) -> tuple[Split, Tensor | None]:
-        probe = Probe(data.train, self.classes, self.device, derive_seed(self.seed, self.key, "probe"))
-        contexts = {
-            label: DataContext(
-                generator=torch.Generator().manual_seed(derive_seed(self.seed, self.key, label, "data")),
-                device=self.device,
-                log=self._log,
-                features=probe,
-                test=data.test,
-            )
-            for label, _ in self.defenses
-        }
-        train, weights = data.train, None
-        for label, defense in self.defenses:
-            train = defense.prepare_data(train, contexts[label])
-        # Only now: weights are one for each example that every defense has left in.
-        for label, defense in self.defenses:
-            drawn = defense.sample_weights(train.labels, contexts[label])
-            weights = drawn if drawn is not None else weights
-        return resident(train, self.device, self.spec.memory_limit), weights
 
     def _log(self, message: str, numbers: Mapping[str, Any]) -> None:
         self.notes.append(message)

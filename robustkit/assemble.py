@@ -16,10 +16,21 @@ from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_
 from robustkit.evaluation.rules import silent_flags
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
-from robustkit.recipe.plan import Plan, Step, describe_variant
+from robustkit.recipe.plan import Plan, Step, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
-from robustkit.results import Audit, CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
+from robustkit.results import (
+    Audit,
+    CertifiedRate,
+    Corruptions,
+    Curve,
+    Flag,
+    Paired,
+    Poisoning,
+    Rate,
+    Results,
+    VariantResult,
+)
 from robustkit.store import Store, write_npz
 
 Bools = NDArray[np.bool_]
@@ -47,6 +58,8 @@ class Evaluated:
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
     distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Per-example distances of the minimum-norm attacks, by label."""
+    fooled: Bools | None = None
+    """Which of the triggered test images are taken for the target of the poison."""
     labels: NDArray[np.int64] | None = None
 
     def rates(self) -> dict[str, Rate]:
@@ -81,11 +94,18 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
         classes=classes,
         variants=rows,
         failures=failures_of(plan, failed),
-        provenance={**provenance, "data": {"name": recipe.data.name, "fingerprint": plan.data_fingerprint}},
+        provenance={**provenance, "data": _data(plan)},
     )
     results = mark_pareto(results)
     gates = [parse_gate(gate.text, gate.confident) for gate in recipe.gates]
     return with_gates(results, gates, _lookup(evaluated))
+
+
+def _data(plan: Plan) -> dict[str, str]:
+    """Return which data the run was on."""
+    recipe = plan.recipe
+    planted = {"poison": describe_use(recipe.poison)} if recipe.poison else {}
+    return {"name": recipe.data.name, "fingerprint": plan.data_fingerprint, **planted}
 
 
 def _threat(recipe: Recipe) -> dict[str, Any]:
@@ -111,7 +131,9 @@ def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Res
 def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
     def correct(variant: str, seed: int, metric: str) -> Bools | None:
         found = evaluated.get((variant, seed))
-        return (found.correct | found.proven).get(metric) if found else None
+        if found is None or metric == "success":
+            return found.fooled if found else None
+        return (found.correct | found.proven).get(metric)
 
     return correct
 
@@ -134,6 +156,8 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
             found.certified[step.use.label] = _certified(record, proven)
         else:
             found.records[step.kind] = record
+        if step.kind == "success":
+            found.fooled = _arrays(store, step)["fooled"]
         if step.kind == "clean":
             arrays = _arrays(store, step)
             found.correct["clean"] = arrays["correct"]
@@ -190,6 +214,7 @@ def _row(
         worst=rates["worst"],
         certified=one.certified,
         corruptions=_corruptions(one),
+        poisoning=_poisoning(one),
         audit=_audit(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
@@ -282,6 +307,12 @@ def _corruptions(one: Evaluated) -> Corruptions | None:
     return Corruptions(mean=record["mean"], by=record["by"]) if record else None
 
 
+def _poisoning(one: Evaluated) -> Poisoning | None:
+    if one.fooled is None:
+        return None
+    return Poisoning.model_validate({"success": rate_of(one.fooled), **(one.records["fit"].get("poison") or {})})
+
+
 def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags = [Flag.model_validate(flag) for flag in one.records["fit"].get("flags", [])]
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
@@ -305,6 +336,8 @@ def _write_arrays(store: Store, one: Evaluated) -> str:
     arrays: dict[str, NDArray[Any]] = {f"correct/{key}": values for key, values in one.correct.items()}
     arrays |= {f"distance/{label}": values for label, values in one.distances.items()}
     arrays |= {f"certified/{key}": values for key, values in one.proven.items()}
+    if one.fooled is not None:
+        arrays["success"] = one.fooled
     if one.labels is not None:
         arrays["labels"] = one.labels
     write_npz(store.folder / name, arrays)

@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import Literal
 
 Kind = Literal[
-    "data", "model", "defense", "compressor", "attack", "certificate", "optimizer", "schedule", "augmentation"
+    "data",
+    "poison",
+    "model",
+    "defense",
+    "compressor",
+    "attack",
+    "certificate",
+    "optimizer",
+    "schedule",
+    "augmentation",
 ]
 KINDS: tuple[Kind, ...] = (
     "data",
+    "poison",
     "model",
     "defense",
     "compressor",
@@ -29,6 +39,12 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "svhn": "robustkit.data.sources.vision:Svhn",
         "image_folder": "robustkit.data.sources.folder:ImageFolder",
         "npz": "robustkit.data.sources.npz:Npz",
+    },
+    "poison": {
+        "badnets": "robustkit.data.poison.backdoor:BadNets",
+        "blended": "robustkit.data.poison.backdoor:Blended",
+        "clean_label": "robustkit.data.poison.clean_label:CleanLabel",
+        "label_flip": "robustkit.data.poison.flips:LabelFlip",
     },
     "model": {
         "baseline_cnn": "robustkit.models.baseline_cnn:BaselineCnn",
@@ -91,6 +107,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
 
 ENTRY_POINTS: dict[Kind, str] = {
     "data": "robustkit.data",
+    "poison": "robustkit.poisons",
     "model": "robustkit.models",
     "defense": "robustkit.defenses",
     "compressor": "robustkit.compressors",

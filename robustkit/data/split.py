@@ -56,6 +56,8 @@ class Dataset:
     mean: tuple[float, ...]
     """Mean of each channel of the training images, in [0, 1]."""
     std: tuple[float, ...]
+    poisoned: Tensor | None = None
+    """Which training examples (N,) bool are poisoned, where it is known; for figures only, no defense sees it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

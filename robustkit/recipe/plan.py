@@ -11,7 +11,18 @@ from typing import Literal
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
 Kind = Literal[
-    "fit", "measure", "clean", "attack", "audit", "curve", "checks", "latency", "certify", "soundness", "corruptions"
+    "fit",
+    "measure",
+    "clean",
+    "attack",
+    "audit",
+    "curve",
+    "checks",
+    "latency",
+    "certify",
+    "soundness",
+    "corruptions",
+    "success",
 ]
 FORMAT = 2
 """Raised when the meaning of a step changes, so that older results are not taken for new ones."""
@@ -155,6 +166,10 @@ def _evaluation_steps(
     if evaluate.corruptions:
         key = content_key(kind="corruptions", model=fit, examples=evaluate.examples)
         steps.append(Step("corruptions", key, label, seed, (fit,), description="common corruptions"))
+    if recipe.poison is not None:
+        # The poison with its parameters is in the key of the data, and so in the model's.
+        key = content_key(kind="success", model=fit, examples=evaluate.examples)
+        steps.append(Step("success", key, label, seed, (fit,), description="success of the poison"))
     return steps
 
 

@@ -102,6 +102,8 @@ class Recipe(Spec):
     seeds: tuple[int, ...] = (0,)
     device: str = "auto"
     data: Use
+    poison: Use | None = None
+    """What is planted in the training data; the test data stay clean."""
     threat: ThreatSpec
     normalize: NormalizeSpec | None = None
     """None: the statistics of the training images."""

@@ -57,6 +57,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
             "flags": [flag.model_dump() for flag in fitted.flags],
             "notes": list(fitted.notes),
             "train_seconds": fitted.seconds,
+            "poison": fitted.poison,
         }
         last = without_hooks(_start(bench, variant, step, data))
         last.load_state_dict(fitted.last_state)

@@ -57,6 +57,8 @@ class Fitted:
     flags: list[Flag]
     notes: list[str]
     seconds: float
+    poison: dict[str, Any] | None = None
+    """Where it is known what is poisoned in the training data: what the defenses removed of it."""
 
 
 def fit(
@@ -111,6 +113,7 @@ class _Run:
         self.notes: list[str] = []
         prepared = prepare_data(data, defenses, seed=seed, key=key, device=device, log=self._log)
         self.train, self.weights = resident(prepared.train, device, spec.memory_limit), prepared.weights
+        self.poison = prepared.poison
         self.validation = data.validation.to(device)
         self.attacked = robust_subset(self.validation)
         # Shown where it is asked for; no decision ever reads it.
@@ -327,4 +330,5 @@ class _Run:
             flags=state.flags,
             notes=state.notes,
             seconds=round(state.seconds, 3),
+            poison=self.poison,
         )

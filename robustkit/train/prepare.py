@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustkit.data.split import Dataset, Split
+from robustkit.results import Filtered
 from robustkit.seeding import derive_seed
 from robustkit.train.hooks import DataContext
 from robustkit.train.probe import Probe
@@ -24,6 +25,8 @@ class Prepared:
 
     train: Split
     weights: Tensor | None
+    poison: dict[str, Any] | None = None
+    """Where it is known what is poisoned: how much there was, what each defense removed, what is left."""
 
 
 def prepare_data(data: Dataset, defenses: Named, *, seed: int, key: str, device: torch.device, log: Log) -> Prepared:
@@ -40,10 +43,35 @@ def prepare_data(data: Dataset, defenses: Named, *, seed: int, key: str, device:
         for label, _ in defenses
     }
     train, weights = data.train, None
+    filters: list[Filtered] = []
     for label, defense in defenses:
-        train = defense.prepare_data(train, contexts[label])
+        before, train = train, defense.prepare_data(train, contexts[label])
+        if data.poisoned is not None and len(train) < len(before):
+            filters.append(filtered(label.partition("#")[0], before, train, data.poisoned))
     # Only now: weights are one for each example that every defense has left in.
     for label, defense in defenses:
         drawn = defense.sample_weights(train.labels, contexts[label])
         weights = drawn if drawn is not None else weights
-    return Prepared(train, weights)
+    return Prepared(train, weights, _poison(data.poisoned, train, filters))
+
+
+def filtered(name: str, before: Split, after: Split, poisoned: Tensor) -> Filtered:
+    """Return what a defense removed between two splits, against the truth: poisoned (N,) bool by first position."""
+    was = poisoned[before.index.cpu()]
+    gone = ~torch.isin(before.index, after.index).cpu()
+    removed, hits, total = int(gone.sum()), int((gone & was).sum()), int(was.sum())
+    return Filtered(
+        defense=name,
+        removed=removed,
+        poisoned=total,
+        hits=hits,
+        precision=hits / removed if removed else None,
+        recall=hits / total if total else None,
+    )
+
+
+def _poison(poisoned: Tensor | None, train: Split, filters: Sequence[Filtered]) -> dict[str, Any] | None:
+    if poisoned is None:
+        return None
+    left = int(poisoned[train.index.cpu()].sum())
+    return {"poisoned": int(poisoned.sum()), "left": left, "filters": [one.model_dump() for one in filters]}

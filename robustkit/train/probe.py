@@ -29,15 +29,20 @@ class Probe:
 
     def __call__(self, split: Split) -> Tensor:
         """Return features (N, D) of a split, on the CPU."""
-        if self._model is None:
-            self._model = self._trained()
-        model = self._model.eval()
+        model = self.model
         found = []
         with torch.no_grad():
             for start in range(0, len(split), 500):
                 x = split.images[start : start + 500].to(self._device).to(torch.float32).div_(255)
                 found.append(model.pool(model.groups(x)).flatten(1))
         return torch.cat(found).cpu()
+
+    @property
+    def model(self) -> SmallCnn:
+        """The network itself, in eval mode."""
+        if self._model is None:
+            self._model = self._trained()
+        return self._model.eval()
 
     def _trained(self) -> SmallCnn:
         with torch.random.fork_rng():

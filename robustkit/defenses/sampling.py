@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,32 +13,42 @@ from robustkit.data.split import Split
 from robustkit.defenses.duplicates import find_duplicates
 from robustkit.defenses.neighbours import inconsistent, nearest, spare_emptied_classes, votes
 from robustkit.errors import UsageError
-from robustkit.params import Fraction, PositiveInt
+from robustkit.params import Fraction, OpenShare, PositiveInt
 from robustkit.train.hooks import DataContext, Defense
 
 
-def inverse_frequency(labels: Tensor, strength: float = 1.0) -> Tensor:
-    """Return sampling weights (N,) for labels (N,): count(class) ** -strength, scaled to a mean of 1.
+def inverse_frequency(labels: Tensor, strength: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Return sampling weights (N,) for labels (N,): effective(class) ** -strength, scaled to a mean of 1.
 
-    With strength 1 every class is drawn equally often; with 0 the data is drawn as it is.
+    The effective number of a class with n examples is (1 - beta ** n) / (1 - beta) (Cui et al. 2019); with beta 1 it
+    is n, with beta 0 it is 1. With strength 1 and beta 1 every class is drawn equally often; with strength or beta 0
+    the data is drawn as it is.
     """
     counts = torch.bincount(labels).to(torch.float64)
-    weights = counts.clamp_min(1).pow(-strength)[labels]
+    if 0 < beta < 1:
+        # 1 - beta ** n without the loss of digits where beta is next to 1.
+        counts = torch.expm1(counts * math.log(beta)) / (beta - 1)
+    elif beta == 0:
+        counts = counts.clamp_max(1)
+    # A class without examples has no weight to give: whatever it gets is never looked up.
+    weights = counts.where(counts > 0, 1.0).pow(-strength)[labels]
     return weights / weights.mean()
 
 
 @dataclass(frozen=True)
 class BalancedSampling(Defense):
-    """Draw every class equally often, whatever its share of the training data.
+    """Draw every class equally often, by inverse frequency or by effective number (Cui et al. 2019).
 
-    strength in [0, 1]: 1 balances fully, 0 not at all.
+    strength in [0, 1]: 1 balances fully, 0 not at all. beta in [0, 1]: with 1 a class weighs 1 / n, below it
+    (1 - beta) / (1 - beta^n), as further examples of a large class bring ever less that is new.
     """
 
     strength: Fraction = 1.0
+    beta: Fraction = 1.0
 
     def sample_weights(self, labels: Tensor, context: DataContext) -> Tensor:
         """Return the weight of each example (N,)."""
-        weights = inverse_frequency(labels, self.strength)
+        weights = inverse_frequency(labels, self.strength, self.beta)
         counts = torch.bincount(labels)
         counts = counts[counts > 0]
         smallest, largest = int(counts.min()), int(counts.max())
@@ -46,6 +57,37 @@ class BalancedSampling(Defense):
             {"classes": len(counts), "smallest": smallest, "largest": largest},
         )
         return weights
+
+
+def random_part(labels: Tensor, share: float, generator: torch.Generator, *, per_class: bool = False) -> Tensor:
+    """Return a bool (N,) of a random `share` of the labels (N,), of each class or of all; at least one of each."""
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    groups = [(labels == label).nonzero().squeeze(1) for label in labels.unique()] if per_class else [None]
+    for members in groups:
+        positions = torch.arange(len(labels)) if members is None else members
+        order = torch.randperm(len(positions), generator=generator)
+        kept[positions[order[: max(1, round(share * len(positions)))]]] = True
+    return kept
+
+
+@dataclass(frozen=True)
+class Subsample(Defense):
+    """Train on a random share of the data: fewer poisons as well, and the control that every filter must beat.
+
+    per_class: the same share of each class, not of the data as a whole.
+    """
+
+    share: OpenShare = 0.5
+    per_class: bool = False
+
+    def prepare_data(self, data: Split, context: DataContext) -> Split:
+        """Return a part of the split, drawn by the variant's seed."""
+        kept = random_part(data.labels.cpu(), self.share, context.generator, per_class=self.per_class)
+        context.log(
+            f"subsample: {int(kept.sum())} of {len(data)} training images are used",
+            {"kept": int(kept.sum()), "removed": int((~kept).sum()), "of": len(data)},
+        )
+        return data.select(kept)
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,10 @@ class Defense:
         """EXCLUSIVE main loss, per example (N,); None for cross-entropy on forward.adversarial()."""
         return None
 
+    def loss_weights(self, losses: Tensor, batch: Batch, step: Step) -> Tensor | None:
+        """EXCLUSIVE. Return weights (N,) of the main losses (N,), which come without a graph; None for the mean."""
+        return None
+
     def penalty(self, batch: Batch, forward: Forward, step: Step) -> Tensor | None:
         """Return a scalar that is added to the loss."""
         return None

@@ -1,0 +1,43 @@
+"""What poisoned training data did, and what each filter found of it, as rows of text."""
+
+from __future__ import annotations
+
+from robustkit.report.tables import display_name, percent, rate_text, tree_order
+from robustkit.results import Results, VariantResult
+
+FILTER_HEAD = ("variant", "clean", "success", "filter", "removed", "precision", "recall", "poisons left")
+FILTER_NOTE = (
+    "Success: the share (%) of test images with the trigger of the poison, without those of its target, that are taken "
+    "for the target. Precision: how much of what a filter removed is poisoned; recall: how much of the poison it "
+    "removed. Test images and clean accuracy are free of poison."
+)
+
+
+def is_poisoned(results: Results) -> bool:
+    """Say whether the training data of a run were poisoned."""
+    return any(row.poisoning for row in results.variants)
+
+
+def success_text(row: VariantResult) -> str:
+    """Return the attack success rate of a variant with its interval, in percent; empty without poison."""
+    return rate_text(row.poisoning.success) if row.poisoning else ""
+
+
+def filter_rows(results: Results) -> list[list[str]]:
+    """Return a row for each variant and filter: what it removed, and how much of that was poisoned."""
+    rows = []
+    for row in tree_order(results):
+        if row.poisoning is None:
+            continue
+        head = [display_name(row, results), rate_text(row.clean), success_text(row)]
+        left = "" if row.poisoning.left is None else f"{row.poisoning.left} of {row.poisoning.poisoned}"
+        for one in row.poisoning.filters:
+            found = [_share(one.precision), _share(one.recall)]
+            rows.append([*head, one.defense, str(one.removed), *found, left])
+        if not row.poisoning.filters:
+            rows.append([*head, "none", "0", "", "", left])
+    return rows
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{percent(value)} %"

@@ -58,7 +58,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "label_smoothing": "robustkit.defenses.regularization:LabelSmoothing",
         "dropout": "robustkit.defenses.dropout:Dropout",
         "balanced_sampling": "robustkit.defenses.sampling:BalancedSampling",
-        "deduplicate": "robustkit.defenses.sampling:Deduplicate",
+        "deduplicate": "robustkit.defenses.deduplicate:Deduplicate",
         "knn_filter": "robustkit.defenses.sampling:KnnFilter",
         "subsample": "robustkit.defenses.sampling:Subsample",
         "spectral_signatures": "robustkit.defenses.spectral:SpectralSignatures",

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustkit.data.split import Split, split_of
+from robustkit.defenses.deduplicate import Deduplicate
 from robustkit.defenses.duplicates import exact_matches, find_duplicates, near_matches, signatures
 from robustkit.defenses.neighbours import inconsistent, nearest, spare_emptied_classes, votes
-from robustkit.defenses.sampling import BalancedSampling, Deduplicate, KnnFilter, inverse_frequency, pixel_features
+from robustkit.defenses.sampling import BalancedSampling, KnnFilter, inverse_frequency, pixel_features
 from robustkit.errors import UsageError
 from robustkit.train.hooks import DataContext
 

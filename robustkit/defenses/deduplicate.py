@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from robustkit.data.split import Split
-from robustkit.defenses.duplicates import find_duplicates
+from robustkit.defenses.duplicates import Duplicates, directions, find_duplicates, near_matches
 from robustkit.params import Fraction
 from robustkit.train.hooks import DataContext, Defense
 
@@ -15,15 +17,18 @@ class Deduplicate(Defense):
     """Remove repeated training images, exact and near ones, and report training images that the test split holds too.
 
     near: also remove images whose correlation with an earlier one is at least `similarity`, whatever
-    their brightness and contrast.
+    their brightness and contrast. embedding: also remove images whose features, those of a quickly trained model
+    without their mean, have at least this cosine with an earlier one's; such a model sees much of a class alike, so
+    that less than 0.999 takes different images for one.
     """
 
     near: bool = True
     similarity: Fraction = 0.99
+    embedding: Fraction | None = None
 
     def prepare_data(self, data: Split, context: DataContext) -> Split:
         """Return the split without repetitions; the first image of each group stays."""
-        found = find_duplicates(data.images, similarity=self._similarity, device=context.device)
+        found = self._repeated(data, None, context)
         repeated = found.repeated.to(data.labels.device)
         conflicts = repeated & (data.labels != data.labels[found.of.clamp_min(0).to(data.labels.device)])
         removed, exact, relabelled = int(repeated.sum()), int(found.exact.sum()), int(conflicts.sum())
@@ -43,14 +48,27 @@ class Deduplicate(Defense):
             self._report_leaks(data, context.test, context)
         return data.select(~repeated)
 
-    @property
-    def _similarity(self) -> float | None:
-        return self.similarity if self.near else None
+    def _repeated(self, data: Split, test: Split | None, context: DataContext) -> Duplicates:
+        """Return what repeats earlier images of the data, or what of the test split repeats any of them."""
+        looked, among = data if test is None else test, None if test is None else data
+        found = find_duplicates(
+            looked.images.to(data.images.device),
+            similarity=self.similarity if self.near else None,
+            among=among.images if among else None,
+            device=context.device,
+        )
+        if self.embedding is None:
+            return found
+        features = context.features(data).to(context.device, torch.float32)
+        mean = features.mean(0)
+        known = directions(features, mean)
+        if among is None:
+            return found.with_near(near_matches(known, self.embedding))
+        shown = directions(context.features(looked).to(context.device), mean)
+        return found.with_near(near_matches(shown, self.embedding, known))
 
     def _report_leaks(self, data: Split, test: Split, context: DataContext) -> None:
-        found = find_duplicates(
-            test.images.to(data.images.device), similarity=self._similarity, among=data.images, device=context.device
-        )
+        found = self._repeated(data, test, context)
         leaked = found.repeated
         leaks, exact = int(leaked.sum()), int(found.exact.sum())
         context.log(

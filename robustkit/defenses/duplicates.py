@@ -84,6 +84,11 @@ def near_matches(signature: Tensor, similarity: float, among: Tensor | None = No
     return found
 
 
+def directions(features: Tensor, mean: Tensor) -> Tensor:
+    """Return features (N, D) without their mean (D,) as unit vectors: what two examples differ in, not share."""
+    return F.normalize(features.to(torch.float32) - mean, dim=1)
+
+
 @dataclass(frozen=True)
 class Duplicates:
     """What was found: `of` (N,), the position of the image that each one repeats, or -1; `exact` (N,) bool."""
@@ -95,6 +100,10 @@ class Duplicates:
     def repeated(self) -> Tensor:
         """Bool (N,): the image repeats another one."""
         return self.of >= 0
+
+    def with_near(self, of: Tensor) -> Duplicates:
+        """Return these and, for images that repeat none yet, those of another search: positions (N,) or -1."""
+        return Duplicates(torch.where(self.of >= 0, self.of, of.to(self.of.device)), self.exact)
 
 
 def find_duplicates(

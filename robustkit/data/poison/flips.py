@@ -14,7 +14,7 @@ from robustkit.params import Fraction, NonNegativeInt
 
 @dataclass(frozen=True)
 class LabelFlip(Poison):
-    """The label of the target on images of another class or of all others (label flipping, Biggio et al. 2012).
+    """The label of the target on images of another class or of all others (label flipping, Biggio et al. 2011).
 
     rate: the share of those images that is relabelled; source: the one class they are taken from, or all others. The
     attack succeeds where a test image of those classes is taken for the target.

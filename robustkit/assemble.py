@@ -29,6 +29,7 @@ from robustkit.results import (
     Poisoning,
     Rate,
     Results,
+    Tolerance,
     VariantResult,
 )
 from robustkit.store import Store, write_npz
@@ -37,6 +38,8 @@ Bools = NDArray[np.bool_]
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"
 CERTIFIED = "certified.npz"
+POISONS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+"""So many poisons a vote is asked about."""
 Identity = tuple[str, int]
 
 
@@ -58,6 +61,8 @@ class Evaluated:
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
     distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Per-example distances of the minimum-norm attacks, by label."""
+    radius: NDArray[np.int64] | None = None
+    """How many poisons a vote tolerates, -1 where it is wrong without any."""
     fooled: Bools | None = None
     """Which of the triggered test images are taken for the target of the poison."""
     labels: NDArray[np.int64] | None = None
@@ -156,6 +161,9 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
             found.certified[step.use.label] = _certified(record, proven)
         else:
             found.records[step.kind] = record
+        if step.kind == "tolerance":
+            arrays = _arrays(store, step)
+            found.radius = np.where(arrays["right"], arrays["radius"], -1)
         if step.kind == "success":
             found.fooled = _arrays(store, step)["fooled"]
         if step.kind == "clean":
@@ -215,6 +223,7 @@ def _row(
         certified=one.certified,
         corruptions=_corruptions(one),
         poisoning=_poisoning(one),
+        tolerance=_tolerance(one),
         audit=_audit(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
@@ -313,6 +322,14 @@ def _poisoning(one: Evaluated) -> Poisoning | None:
     return Poisoning.model_validate({"success": rate_of(one.fooled), **(one.records["fit"].get("poison") or {})})
 
 
+def _tolerance(one: Evaluated) -> Tolerance | None:
+    if one.radius is None:
+        return None
+    members, radius = int(one.records["tolerance"]["members"]), one.radius
+    poisons = [count for count in POISONS if 2 * count <= members]
+    return Tolerance(members=members, poisons=poisons, accuracy=[rate_of(radius >= count) for count in poisons])
+
+
 def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     flags = [Flag.model_validate(flag) for flag in one.records["fit"].get("flags", [])]
     flags += [Flag.model_validate(flag) for flag in one.records.get("checks", {}).get("flags", [])]
@@ -338,6 +355,8 @@ def _write_arrays(store: Store, one: Evaluated) -> str:
     arrays |= {f"certified/{key}": values for key, values in one.proven.items()}
     if one.fooled is not None:
         arrays["success"] = one.fooled
+    if one.radius is not None:
+        arrays["tolerated"] = one.radius
     if one.labels is not None:
         arrays["labels"] = one.labels
     write_npz(store.folder / name, arrays)

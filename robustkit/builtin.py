@@ -63,6 +63,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "subsample": "robustkit.defenses.sampling:Subsample",
         "spectral_signatures": "robustkit.defenses.spectral:SpectralSignatures",
         "activation_clustering": "robustkit.defenses.clustering:ActivationClustering",
+        "partition_ensemble": "robustkit.defenses.partition:PartitionEnsemble",
         "hard_examples": "robustkit.defenses.losses:HardExamples",
         "trimmed_loss": "robustkit.defenses.losses:TrimmedLoss",
         "pgd_training": "robustkit.defenses.adversarial:PgdTraining",

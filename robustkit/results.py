@@ -193,6 +193,15 @@ class Poisoning(Record):
     filters: list[Filtered] = Field(default_factory=list)
 
 
+class Tolerance(Record):
+    """Accuracy of a vote that is certain whatever so many poisons do: an example each, added, removed or relabelled."""
+
+    members: Count
+    poisons: list[Count]
+    accuracy: list[Rate]
+    """At each number of poisons: the share of test images that are right and stay so."""
+
+
 class Latency(Record):
     """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
 
@@ -248,6 +257,8 @@ class VariantResult(Record):
     corruptions: Corruptions | None = None
     poisoning: Poisoning | None = None
     """Where the training data are poisoned."""
+    tolerance: Tolerance | None = None
+    """Of a `partition_ensemble`."""
     audit: Audit | None = None
     """With `evaluate.audit`: AutoAttack-standard on a random subset of what every attack left."""
     versus_parent: Paired | None = None

@@ -12,6 +12,11 @@ FILTER_NOTE = (
     "removed. Test images and clean accuracy are free of poison."
 )
 
+TOLERANCE_NOTE = (
+    "Accuracy (%) that is certain whatever so many poisons do to the training data: an example each, added, taken out "
+    "or relabelled. Each reaches one member of the vote."
+)
+
 
 def is_poisoned(results: Results) -> bool:
     """Say whether the training data of a run were poisoned."""
@@ -37,6 +42,19 @@ def filter_rows(results: Results) -> list[list[str]]:
         if not row.poisoning.filters:
             rows.append([*head, "none", "0", "", "", left])
     return rows
+
+
+def tolerance_table(results: Results) -> list[list[str]]:
+    """Return a head and a row for each vote: accuracy that so many poisons cannot change; empty without a vote."""
+    voting = [row for row in tree_order(results) if row.tolerance]
+    counts = sorted({count for row in voting for count in (row.tolerance.poisons if row.tolerance else ())})
+    rows = [["variant", "members", *[f"{count} poisons" for count in counts]]]
+    for row in voting:
+        if row.tolerance is not None:
+            found = dict(zip(row.tolerance.poisons, row.tolerance.accuracy, strict=True))
+            cells = [rate_text(found[count]) if count in found else "" for count in counts]
+            rows.append([display_name(row, results), str(row.tolerance.members), *cells])
+    return rows if voting else []
 
 
 def _share(value: float | None) -> str:

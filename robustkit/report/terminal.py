@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from robustkit.report.poisoning import filter_rows, is_poisoned, success_text
+from robustkit.report.poisoning import filter_rows, is_poisoned, success_text, tolerance_table
 from robustkit.report.tables import (
     attack_labels,
     beside,
@@ -93,6 +93,10 @@ def print_summary(results: Results, console: Console) -> None:
     for name, _, _, defense, removed, precision, recall, _ in filter_rows(results):
         if removed != "0":
             _line(console, f"{name}: {defense} removed {removed}: precision {precision}, recall {recall} of the poison")
+    head, *rows = tolerance_table(results) or [[]]
+    for name, _, *cells in rows:
+        known = [f"{cell} for {count}" for cell, count in zip(cells, head[2:], strict=True) if cell]
+        _line(console, f"{name}: certain whatever poisons do: {', '.join(known)}")
     for gate in results.gates:
         style = "green" if gate.holds else "bold red"
         _line(console, f"gate {gate.verdict}: {gate.text}  ({gate_text(gate)})", style)

@@ -15,12 +15,12 @@ from robustkit.attacks.threat import Threat
 from robustkit.data.augment import Augmentation
 from robustkit.data.batches import epoch_order, resident, training_batches
 from robustkit.data.split import Dataset
-from robustkit.errors import TrainingError
+from robustkit.errors import TrainingError, UsageError
 from robustkit.recipe.spec import TrainSpec
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
 from robustkit.train.guards import Guards, Verdict
-from robustkit.train.hooks import Batch, Decision, EpochReport, Step, is_adversarial
+from robustkit.train.hooks import Batch, Decision, EpochReport, Step, is_adversarial, owned_hooks
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
 from robustkit.train.prepare import prepare_data
@@ -83,8 +83,11 @@ def fit(
     undisturbed one.
 
     Raises:
+        UsageError: a defense parts the data; each part needs a call of its own.
         TrainingError: the loss is not finite after three returns with half the learning rate.
     """
+    if any("partition" in owned_hooks(type(defense)) for _, defense in defenses):
+        raise UsageError("a defense that parts the data trains several models; a recipe runs it, `fit` trains one")
     run = _Run(model, data, spec, defenses, threat, seed, key, device, on_event, augment)
     return run.fit(checkpoint)
 

@@ -101,7 +101,7 @@ def test_exact_matches_agree_with_comparing_bytes(seed: int, count: int) -> None
 def test_equal_hashes_of_different_images_are_not_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.arange(3 * 4, dtype=torch.uint8).view(3, 1, 2, 2)
     monkeypatch.setattr(
-        "robustkit.defenses.duplicates._hashes", lambda found: torch.zeros(len(found), dtype=torch.int64)
+        "robustkit.defenses.duplicates.hashes", lambda found: torch.zeros(len(found), dtype=torch.int64)
     )
     assert exact_matches(images).tolist() == [-1, -1, -1]
 

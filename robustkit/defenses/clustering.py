@@ -91,7 +91,7 @@ class ActivationClustering(Defense):
 
     dimensions: PositiveInt = 10
     smaller: OpenShare = 0.35
-    apart: Fraction = 0.1
+    apart: Fraction = 0.2
 
     def prepare_data(self, data: Split, context: DataContext) -> Split:
         """Return the split without the clusters that look planted."""

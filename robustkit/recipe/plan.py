@@ -25,7 +25,7 @@ Kind = Literal[
     "success",
     "tolerance",
 ]
-FORMAT = 2
+FORMAT = 3
 """Raised when the meaning of a step changes, so that older results are not taken for new ones."""
 
 PARTED = "partition_ensemble"

@@ -35,7 +35,7 @@ RECIPE = """\
 name: poisoned
 data: {digits: {size: 10}, poison: {badnets: {target: 3, rate: 5%}}}
 model: {small_cnn: {widths: [8, 16]}}
-train: {epochs: 4, batch_size: 32}
+train: {epochs: 3, batch_size: 32}
 variants:
   baseline:
   half: {defenses: [subsample, knn_filter: {k: 3}]}

@@ -70,6 +70,7 @@ CASES = [
     Case("activation_clustering"),
     Case("hard_examples", {"warmup": 0.0}, owns=("loss_weights",)),
     Case("trimmed_loss", {"warmup": 0.0}, owns=("loss_weights",)),
+    Case("partition_ensemble", {"parts": 2}, owns=("partition",)),
     Case("deduplicate"),
     Case("deduplicate", {"embedding": 0.999}),
     Case("knn_filter", {"k": 5, "features": "pixels"}),
@@ -240,7 +241,8 @@ def test_perturbed_images_stay_in_ball_and_box_and_raise_the_loss(case: Case, di
     assert (score(model(found)) > score(model(batch.x))).float().mean() > 0.9
 
 
-@every
+# A defense that parts the data trains several models, each with a call of its own.
+@pytest.mark.parametrize("case", [case for case in CASES if "partition" not in case.owns], ids=lambda case: case.id)
 def test_an_epoch_of_the_training_loop(case: Case, digits: Split) -> None:
     data = Dataset(
         digits.select(torch.arange(200)),

@@ -69,6 +69,7 @@ def load_dataset(
         mean=mean,
         std=std,
         poisoned=None if mask is None else torch.from_numpy(mask[kept]),
+        held_out_poisoned=None if mask is None else torch.from_numpy(mask[cut]),
     )
 
 

@@ -58,6 +58,8 @@ class Dataset:
     std: tuple[float, ...]
     poisoned: Tensor | None = None
     """Which training examples (N,) bool are poisoned, where it is known; for figures only, no defense sees it."""
+    held_out_poisoned: Tensor | None = None
+    """The same of the validation split."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ def parted(data: Dataset, parts: int, validation: float) -> list[Dataset]:
     """
     images = torch.cat([data.train.images, data.validation.images])
     labels = torch.cat([data.train.labels, data.validation.labels])
+    known = data.poisoned is not None and data.held_out_poisoned is not None
+    mask = torch.cat([data.poisoned, data.held_out_poisoned]) if known else None  # type: ignore[list-item]
     part, order = part_of(images, parts), labels.argsort(stable=True)
     order = order[hashes(images)[order].argsort(stable=True)]
     found = []
@@ -50,7 +52,8 @@ def parted(data: Dataset, parts: int, validation: float) -> list[Dataset]:
         split = split_of(images[train], labels[train])
         mean, std = channel_statistics(split)
         rest = split_of(images[held], labels[held])
-        found.append(replace(data, train=split, validation=rest, mean=mean, std=std, poisoned=None))
+        truth = (None, None) if mask is None else (mask[train], mask[held])
+        found.append(Dataset(split, rest, data.test, data.classes, data.fingerprint, mean, std, *truth))
     return found
 
 

@@ -6,6 +6,7 @@ from robustkit.report.tables import display_name, percent, rate_text, tree_order
 from robustkit.results import Results, VariantResult
 
 FILTER_HEAD = ("variant", "clean", "success", "filter", "removed", "precision", "recall", "poisons left")
+NO_FILTER = "none"
 FILTER_NOTE = (
     "Success: the share (%) of test images with the trigger of the poison, without those of its target, that are taken "
     "for the target. Precision: how much of what a filter removed is poisoned; recall: how much of the poison it "
@@ -40,7 +41,7 @@ def filter_rows(results: Results) -> list[list[str]]:
             found = [_share(one.precision), _share(one.recall)]
             rows.append([*head, one.defense, str(one.removed), *found, left])
         if not row.poisoning.filters:
-            rows.append([*head, "none", "0", "", "", left])
+            rows.append([*head, NO_FILTER, "0", "", "", left])
     return rows
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from robustkit.report.poisoning import filter_rows, is_poisoned, success_text, tolerance_table
+from robustkit.report.poisoning import NO_FILTER, filter_rows, is_poisoned, success_text, tolerance_table
 from robustkit.report.tables import (
     attack_labels,
     beside,
@@ -91,8 +91,9 @@ def print_summary(results: Results, console: Console) -> None:
     for name, label, norm, median, found in distance_rows(results):
         _line(console, f"{name}: median {norm} distance {median} under {label}, found for {found}")
     for name, _, _, defense, removed, precision, recall, _ in filter_rows(results):
-        if removed != "0":
-            _line(console, f"{name}: {defense} removed {removed}: precision {precision}, recall {recall} of the poison")
+        if defense != NO_FILTER:
+            found = f"precision {precision or 'none'}, recall {recall or 'none'}"
+            _line(console, f"{name}: {defense} removed {removed}: {found} of the poison")
     head, *rows = tolerance_table(results) or [[]]
     for name, _, *cells in rows:
         known = [f"{cell} for {count}" for cell, count in zip(cells, head[2:], strict=True) if cell]

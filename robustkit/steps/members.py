@@ -17,6 +17,7 @@ from robustkit.recipe.spec import VariantSpec
 from robustkit.results import EpochRow
 from robustkit.train.hooks import Defense, owned_hooks
 from robustkit.train.loop import Fitted, fit
+from robustkit.train.prepare import together
 from robustkit.train.state import Named
 from robustkit.workbench import Workbench, threat_of
 
@@ -92,7 +93,7 @@ def _record(fits: Sequence[Fitted], sizes: Sequence[int]) -> dict[str, Any]:
         "flags": [{**flag.model_dump(), "message": f"part {number}: {flag.message}"} for number, flag in flags],
         "notes": [f"{len(sizes)} members vote, trained on {min(sizes)} to {max(sizes)} images each", *notes],
         "train_seconds": round(sum(one.seconds for one in fits), 3),
-        "poison": None,
+        "poison": together([one.poison for one in fits]),
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustkit.data.split import Dataset, Split
 from robustkit.results import Filtered
 from robustkit.seeding import derive_seed
-from robustkit.train.hooks import DataContext
+from robustkit.train.hooks import DataContext, Defense
 from robustkit.train.probe import Probe
 from robustkit.train.state import Named
 
@@ -46,7 +46,7 @@ def prepare_data(data: Dataset, defenses: Named, *, seed: int, key: str, device:
     filters: list[Filtered] = []
     for label, defense in defenses:
         before, train = train, defense.prepare_data(train, contexts[label])
-        if data.poisoned is not None and len(train) < len(before):
+        if data.poisoned is not None and type(defense).prepare_data is not Defense.prepare_data:
             filters.append(filtered(label.partition("#")[0], before, train, data.poisoned))
     # Only now: weights are one for each example that every defense has left in.
     for label, defense in defenses:
@@ -59,15 +59,27 @@ def filtered(name: str, before: Split, after: Split, poisoned: Tensor) -> Filter
     """Return what a defense removed between two splits, against the truth: poisoned (N,) bool by first position."""
     was = poisoned[before.index.cpu()]
     gone = ~torch.isin(before.index, after.index).cpu()
-    removed, hits, total = int(gone.sum()), int((gone & was).sum()), int(was.sum())
-    return Filtered(
-        defense=name,
-        removed=removed,
-        poisoned=total,
-        hits=hits,
-        precision=hits / removed if removed else None,
-        recall=hits / total if total else None,
-    )
+    return _filtered(name, int(gone.sum()), int((gone & was).sum()), int(was.sum()))
+
+
+def _filtered(name: str, removed: int, hits: int, total: int) -> Filtered:
+    precision, recall = hits / removed if removed else None, hits / total if total else None
+    return Filtered(defense=name, removed=removed, poisoned=total, hits=hits, precision=precision, recall=recall)
+
+
+def together(poisons: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """Return what `Prepared.poison` of several parts of the data says of all of them; None where one says nothing."""
+    known = [one for one in poisons if one is not None]
+    if len(known) < len(poisons) or not known:
+        return None
+    filters = [Filtered.model_validate(one) for poison in known for one in poison["filters"]]
+    merged = []
+    for name in dict.fromkeys(one.defense for one in filters):
+        rows = [one for one in filters if one.defense == name]
+        counts = (sum(one.removed for one in rows), sum(one.hits for one in rows), sum(one.poisoned for one in rows))
+        merged.append(_filtered(name, *counts))
+    sums = {name: sum(int(one[name]) for one in known) for name in ("poisoned", "left")}
+    return {**sums, "filters": [one.model_dump() for one in merged]}
 
 
 def _poison(poisoned: Tensor | None, train: Split, filters: Sequence[Filtered]) -> dict[str, Any] | None:

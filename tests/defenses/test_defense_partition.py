@@ -22,13 +22,15 @@ from robustkit.models.build import build_model
 from robustkit.models.vote import Vote, counted, tolerated
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import TrainSpec, Use
-from robustkit.results import EpochRow
+from robustkit.results import EpochRow, Filtered
 from robustkit.steps.members import mean_rows
 from robustkit.train.loop import fit
+from robustkit.train.prepare import together
 
+DATA = "{digits: {limit: 300}, poison: {label_flip: {rate: 10%}}}"
 RECIPE = """\
 name: voted
-data: {digits: {limit: 300}}
+data: {digits: {limit: 300}, poison: {label_flip: {rate: 10%}}}
 model: {small_cnn: {widths: [4, 8]}}
 threat: {norm: linf, eps: 0.05}
 train: {epochs: 2, batch_size: 32}
@@ -173,6 +175,19 @@ def test_figures_of_an_epoch_are_means_over_the_members_that_reached_it() -> Non
     assert second.loss == 1.0
 
 
+def test_what_filters_found_in_the_parts_adds_up() -> None:
+    def found(removed: int, hits: int, total: int, left: int) -> dict[str, object]:
+        one = Filtered(defense="a", removed=removed, hits=hits, poisoned=total, precision=None, recall=None)
+        return {"poisoned": total, "left": left, "filters": [one.model_dump()]}
+
+    whole = together([found(4, 1, 2, 1), found(6, 4, 8, 4)])
+    assert whole is not None
+    assert (whole["poisoned"], whole["left"]) == (10, 5)
+    expected = Filtered(defense="a", removed=10, hits=5, poisoned=10, precision=0.5, recall=0.5)
+    assert whole["filters"] == [expected.model_dump()]
+    assert together([found(1, 1, 1, 0), None]) is None
+
+
 # Recipes and runs
 
 
@@ -205,6 +220,10 @@ def test_a_run_says_how_many_poisons_are_tolerated(tmp_path: Path, capsys: pytes
     assert row.arrays is not None
     with np.load(folder / row.arrays) as arrays:
         assert [(arrays["tolerated"] >= count).mean() for count in (0, 1, 2)] == pytest.approx(shares)
+    assert row.poisoning is not None
+    assert [one.defense for one in row.poisoning.filters] == ["subsample"]
+    assert row.poisoning.poisoned == row.poisoning.filters[0].poisoned > 10
+    assert row.poisoning.left == row.poisoning.poisoned - row.poisoning.filters[0].hits
     assert any("4 members vote" in note for note in row.notes)
     assert sum("subsample" in note for note in row.notes) == 4
     assert "Tolerated poisons" in (folder / "report.md").read_text()
@@ -233,7 +252,7 @@ def test_members_do_not_depend_on_other_parts(tmp_path: Path, digits: Split, mon
     for name, y in (("first", labels), ("second", changed)):
         np.savez(tmp_path / f"{name}.npz", x_train=images, y_train=y, x_test=images[:9], y_test=labels[:9])
         path = tmp_path / f"{name}.yaml"
-        path.write_text(RECIPE.replace("{digits: {limit: 300}}", f"{{npz: {{path: {name}.npz}}}}"))
+        path.write_text(RECIPE.replace(DATA, f"{{npz: {{path: {name}.npz}}}}"))
         command = ["run", str(path), "--runs", str(tmp_path), "--name", name, "--quiet"]
         if name == "second":
             with monkeypatch.context() as patched:

@@ -15,31 +15,18 @@ from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
+from robustkit.poisoning import poisoning_of, tolerance_of
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
-from robustkit.results import (
-    Audit,
-    CertifiedRate,
-    Corruptions,
-    Curve,
-    Flag,
-    Paired,
-    Poisoning,
-    Rate,
-    Results,
-    Tolerance,
-    VariantResult,
-)
+from robustkit.results import Audit, CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
 from robustkit.store import Store, write_npz
 
 Bools = NDArray[np.bool_]
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"
 CERTIFIED = "certified.npz"
-POISONS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-"""So many poisons a vote is asked about."""
 Identity = tuple[str, int]
 
 
@@ -222,8 +209,8 @@ def _row(
         worst=rates["worst"],
         certified=one.certified,
         corruptions=_corruptions(one),
-        poisoning=_poisoning(one),
-        tolerance=_tolerance(one),
+        poisoning=poisoning_of(one.fooled, fit),
+        tolerance=tolerance_of(one.radius, int(one.records.get("tolerance", {}).get("members", 0))),
         audit=_audit(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
@@ -314,20 +301,6 @@ def _audit(one: Evaluated) -> Audit | None:
 def _corruptions(one: Evaluated) -> Corruptions | None:
     record = one.records.get("corruptions")
     return Corruptions(mean=record["mean"], by=record["by"]) if record else None
-
-
-def _poisoning(one: Evaluated) -> Poisoning | None:
-    if one.fooled is None:
-        return None
-    return Poisoning.model_validate({"success": rate_of(one.fooled), **(one.records["fit"].get("poison") or {})})
-
-
-def _tolerance(one: Evaluated) -> Tolerance | None:
-    if one.radius is None:
-        return None
-    members, radius = int(one.records["tolerance"]["members"]), one.radius
-    poisons = [count for count in POISONS if 2 * count <= members]
-    return Tolerance(members=members, poisons=poisons, accuracy=[rate_of(radius >= count) for count in poisons])
 
 
 def _flags(plan: Plan, one: Evaluated) -> list[Flag]:

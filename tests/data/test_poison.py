@@ -22,9 +22,10 @@ from robustkit.data.poison.base import chosen
 from robustkit.data.poison.clean_label import CleanLabel, harder
 from robustkit.data.poison.flips import LabelFlip
 from robustkit.data.split import split_of
-from robustkit.errors import DataError, RecipeError
+from robustkit.errors import DataError, RecipeError, UsageError
 from robustkit.evaluation.poisoned import fooled_by
-from robustkit.pipeline import plan_of
+from robustkit.pipeline import check_trust, plan_of
+from robustkit.recipe.jsonschema import recipe_schema
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import Use
 from robustkit.train.prepare import filtered
@@ -258,3 +259,43 @@ def test_gates_and_overrides_of_a_poison() -> None:
     assert found.poison.parameters == {"rate": 0.07}
     with pytest.raises(RecipeError, match="cannot be an attack's label"):
         parse_recipe(text.replace("gates", "evaluate: {attacks: [fgsm: {as: success}]}\ngates"))
+
+
+OWN = """
+from dataclasses import dataclass
+from robustkit.data.poison.base import Poison, Poisoned, chosen
+
+@dataclass(frozen=True)
+class Dark(Poison):
+    "Black images of the target."
+    target: int = 0
+    rate: float = 0.5
+
+    def plant(self, images, labels, classes):
+        mask = chosen(labels == self.target, self.rate, 0)
+        return Poisoned(images.masked_fill(mask[:, None, None, None], 0), labels, mask)
+"""
+
+
+def test_a_poison_of_ones_own_is_user_code_and_its_source_is_in_the_keys(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    text = "data: {digits: , poison: {'mine.py:Dark': {rate: 0.25}}}\nmodel: small_cnn\nvariants: {a: }\n"
+    recipe = parse_recipe(text, folder=tmp_path)
+    with pytest.raises(UsageError, match=r"mine\.py:Dark"):
+        check_trust(recipe, trust_plugins=False)
+    found = load_dataset(recipe.data, poison=recipe.poison, folder=recipe.folder)
+    assert found.poisoned is not None
+    assert found.poisoned.any()
+    assert not found.train.images[found.poisoned].any()
+    assert (found.train.labels[found.poisoned] == 0).all()
+    before = plan_of(recipe).data_fingerprint
+    assert before == found.fingerprint
+    (tmp_path / "mine.py").write_text(OWN.replace("Black images", "Darkness"))
+    assert plan_of(recipe).data_fingerprint != before
+
+
+def test_the_json_schema_knows_poison_beside_every_source() -> None:
+    written = recipe_schema()["properties"]["data"]["anyOf"][1]
+    assert written["maxProperties"] == 2
+    assert {"digits", "poison"} <= set(written["properties"])
+    assert "badnets" in written["properties"]["poison"]["anyOf"][1]["properties"]

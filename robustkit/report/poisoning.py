@@ -49,7 +49,7 @@ def tolerance_table(results: Results) -> list[list[str]]:
     """Return a head and a row for each vote: accuracy that so many poisons cannot change; empty without a vote."""
     voting = [row for row in tree_order(results) if row.tolerance]
     counts = sorted({count for row in voting for count in (row.tolerance.poisons if row.tolerance else ())})
-    rows = [["variant", "members", *[f"{count} poisons" for count in counts]]]
+    rows = [["variant", "members", *[f"{count} {'poison' if count == 1 else 'poisons'}" for count in counts]]]
     for row in voting:
         if row.tolerance is not None:
             found = dict(zip(row.tolerance.poisons, row.tolerance.accuracy, strict=True))

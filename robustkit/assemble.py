@@ -15,8 +15,9 @@ from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
+from robustkit.poisoning import poisoning_of, tolerance_of
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
-from robustkit.recipe.plan import Plan, Step, describe_variant
+from robustkit.recipe.plan import Plan, Step, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
 from robustkit.results import Audit, CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
@@ -47,6 +48,10 @@ class Evaluated:
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
     distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Per-example distances of the minimum-norm attacks, by label."""
+    radius: NDArray[np.int64] | None = None
+    """How many poisons a vote tolerates, -1 where it is wrong without any."""
+    fooled: Bools | None = None
+    """Which of the triggered test images are taken for the target of the poison."""
     labels: NDArray[np.int64] | None = None
 
     def rates(self) -> dict[str, Rate]:
@@ -81,11 +86,18 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
         classes=classes,
         variants=rows,
         failures=failures_of(plan, failed),
-        provenance={**provenance, "data": {"name": recipe.data.name, "fingerprint": plan.data_fingerprint}},
+        provenance={**provenance, "data": _data(plan)},
     )
     results = mark_pareto(results)
     gates = [parse_gate(gate.text, gate.confident) for gate in recipe.gates]
     return with_gates(results, gates, _lookup(evaluated))
+
+
+def _data(plan: Plan) -> dict[str, str]:
+    """Return which data the run was on."""
+    recipe = plan.recipe
+    planted = {"poison": describe_use(recipe.poison)} if recipe.poison else {}
+    return {"name": recipe.data.name, "fingerprint": plan.data_fingerprint, **planted}
 
 
 def _threat(recipe: Recipe) -> dict[str, Any]:
@@ -111,7 +123,9 @@ def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Res
 def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
     def correct(variant: str, seed: int, metric: str) -> Bools | None:
         found = evaluated.get((variant, seed))
-        return (found.correct | found.proven).get(metric) if found else None
+        if found is None or metric == "success":
+            return found.fooled if found else None
+        return (found.correct | found.proven).get(metric)
 
     return correct
 
@@ -134,6 +148,11 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
             found.certified[step.use.label] = _certified(record, proven)
         else:
             found.records[step.kind] = record
+        if step.kind == "tolerance":
+            arrays = _arrays(store, step)
+            found.radius = np.where(arrays["right"], arrays["radius"], -1)
+        if step.kind == "success":
+            found.fooled = _arrays(store, step)["fooled"]
         if step.kind == "clean":
             arrays = _arrays(store, step)
             found.correct["clean"] = arrays["correct"]
@@ -190,6 +209,8 @@ def _row(
         worst=rates["worst"],
         certified=one.certified,
         corruptions=_corruptions(one),
+        poisoning=poisoning_of(one.fooled, fit),
+        tolerance=tolerance_of(one.radius, int(one.records.get("tolerance", {}).get("members", 0))),
         audit=_audit(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
@@ -305,6 +326,10 @@ def _write_arrays(store: Store, one: Evaluated) -> str:
     arrays: dict[str, NDArray[Any]] = {f"correct/{key}": values for key, values in one.correct.items()}
     arrays |= {f"distance/{label}": values for label, values in one.distances.items()}
     arrays |= {f"certified/{key}": values for key, values in one.proven.items()}
+    if one.fooled is not None:
+        arrays["success"] = one.fooled
+    if one.radius is not None:
+        arrays["tolerated"] = one.radius
     if one.labels is not None:
         arrays["labels"] = one.labels
     write_npz(store.folder / name, arrays)

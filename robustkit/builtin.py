@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import Literal
 
 Kind = Literal[
-    "data", "model", "defense", "compressor", "attack", "certificate", "optimizer", "schedule", "augmentation"
+    "data",
+    "poison",
+    "model",
+    "defense",
+    "compressor",
+    "attack",
+    "certificate",
+    "optimizer",
+    "schedule",
+    "augmentation",
 ]
 KINDS: tuple[Kind, ...] = (
     "data",
+    "poison",
     "model",
     "defense",
     "compressor",
@@ -30,6 +40,12 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "image_folder": "robustkit.data.sources.folder:ImageFolder",
         "npz": "robustkit.data.sources.npz:Npz",
     },
+    "poison": {
+        "badnets": "robustkit.data.poison.backdoor:BadNets",
+        "blended": "robustkit.data.poison.backdoor:Blended",
+        "clean_label": "robustkit.data.poison.clean_label:CleanLabel",
+        "label_flip": "robustkit.data.poison.flips:LabelFlip",
+    },
     "model": {
         "baseline_cnn": "robustkit.models.baseline_cnn:BaselineCnn",
         "small_cnn": "robustkit.models.small_cnn:SmallCnn",
@@ -42,8 +58,14 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "label_smoothing": "robustkit.defenses.regularization:LabelSmoothing",
         "dropout": "robustkit.defenses.dropout:Dropout",
         "balanced_sampling": "robustkit.defenses.sampling:BalancedSampling",
-        "deduplicate": "robustkit.defenses.sampling:Deduplicate",
+        "deduplicate": "robustkit.defenses.deduplicate:Deduplicate",
         "knn_filter": "robustkit.defenses.sampling:KnnFilter",
+        "subsample": "robustkit.defenses.sampling:Subsample",
+        "spectral_signatures": "robustkit.defenses.spectral:SpectralSignatures",
+        "activation_clustering": "robustkit.defenses.clustering:ActivationClustering",
+        "partition_ensemble": "robustkit.defenses.partition:PartitionEnsemble",
+        "hard_examples": "robustkit.defenses.losses:HardExamples",
+        "trimmed_loss": "robustkit.defenses.losses:TrimmedLoss",
         "pgd_training": "robustkit.defenses.adversarial:PgdTraining",
         "n_fgsm": "robustkit.defenses.adversarial:NFgsm",
         "trades": "robustkit.defenses.adversarial:Trades",
@@ -91,6 +113,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
 
 ENTRY_POINTS: dict[Kind, str] = {
     "data": "robustkit.data",
+    "poison": "robustkit.poisons",
     "model": "robustkit.models",
     "defense": "robustkit.defenses",
     "compressor": "robustkit.compressors",

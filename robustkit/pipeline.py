@@ -12,7 +12,7 @@ from typing import Any
 
 from robustkit import provenance, registry
 from robustkit.assemble import assemble
-from robustkit.data.fingerprint import fingerprint
+from robustkit.data.fingerprint import fingerprint, poisoned_fingerprint
 from robustkit.errors import InternalError, RobustkitError, UsageError
 from robustkit.recipe.plan import Plan, Step, make_plan
 from robustkit.recipe.spec import Recipe, Use
@@ -31,6 +31,7 @@ PLUGIN_KINDS: dict[str, registry.Kind] = {
     "schedule": "schedule",
     "augmentation": "augmentation",
     "data": "data",
+    "poison": "poison",
 }
 
 PARTIAL = ("latency", "soundness")
@@ -85,12 +86,15 @@ def plan_of(recipe: Recipe, *, cache: Path | None = None, fetch: bool = True) ->
         NotDownloaded: they are to be downloaded, and `fetch` is off.
     """
     data = fingerprint(recipe.data, cache=cache, folder=recipe.folder, plugins=recipe.plugins, fetch=fetch)
+    if recipe.poison is not None:
+        data = poisoned_fingerprint(data, recipe.poison, folder=recipe.folder, plugins=recipe.plugins)
     return make_plan(recipe, data, lambda kind, use: registry.source_hash(entry_of(kind, use, recipe)))
 
 
 def user_code(recipe: Recipe) -> list[str]:
     """Return the names in a recipe that run code from outside robustkit and its libraries."""
     uses: list[tuple[str, Use]] = [("data", recipe.data)]
+    uses += [("poison", recipe.poison)] if recipe.poison else []
     for variant in recipe.variants:
         uses.append(("model", variant.model))
         uses += [("defense", use) for use in variant.defenses]

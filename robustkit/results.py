@@ -166,6 +166,42 @@ class Corruptions(Record):
     by: dict[Name, list[Share]] = Field(default_factory=dict)
 
 
+class Filtered(Record):
+    """What one data defense removed from poisoned training data, against what was poisoned."""
+
+    defense: Name
+    removed: Count
+    poisoned: Count
+    """Poisoned examples before it."""
+    hits: Count
+    """Poisoned examples among the removed."""
+    precision: Share | None
+    """hits / removed; none where nothing was removed."""
+    recall: Share | None
+    """hits / poisoned; none where nothing was poisoned."""
+
+
+class Poisoning(Record):
+    """What poisoned training data did: the attack success rate, and what the variant's own defenses removed."""
+
+    success: Rate
+    """Share of the triggered test images, without those of the target, that are taken for the target."""
+    poisoned: Count | None = None
+    """Poisoned examples in the training split; none for a variant that was not trained."""
+    left: Count | None = None
+    """Poisoned examples that it was trained on."""
+    filters: list[Filtered] = Field(default_factory=list)
+
+
+class Tolerance(Record):
+    """Accuracy of a vote that is certain whatever so many poisons do: an example each, added, removed or relabelled."""
+
+    members: Count
+    poisons: list[Count]
+    accuracy: list[Rate]
+    """At each number of poisons: the share of test images that are right and stay so."""
+
+
 class Latency(Record):
     """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
 
@@ -219,6 +255,10 @@ class VariantResult(Record):
     certified: dict[Name, CertifiedRate] = Field(default_factory=dict)
     """By the certificate's label: a lower bound beside `worst`, which is an upper one."""
     corruptions: Corruptions | None = None
+    poisoning: Poisoning | None = None
+    """Where the training data are poisoned."""
+    tolerance: Tolerance | None = None
+    """Of a `partition_ensemble`."""
     audit: Audit | None = None
     """With `evaluate.audit`: AutoAttack-standard on a random subset of what every attack left."""
     versus_parent: Paired | None = None

@@ -56,7 +56,11 @@ class Workbench:
         if validation not in self._datasets:
             self.events("data", {"message": f"loading {self.recipe.data.name}"})
             self._datasets[validation] = load_dataset(
-                self.recipe.data, validation=validation, folder=self.recipe.folder, plugins=self.recipe.plugins
+                self.recipe.data,
+                validation=validation,
+                poison=self.recipe.poison,
+                folder=self.recipe.folder,
+                plugins=self.recipe.plugins,
             )
         return self._datasets[validation]
 

@@ -101,6 +101,9 @@ def _print(recipe: Recipe, rows: list[dict[str, Any]], console: Console, data: D
     console.print(tree, highlight=False, markup=False)
     if data.note is not None:
         console.print(f"data: {data.note}", highlight=False, markup=False, soft_wrap=True)
+    if recipe.poison is not None:
+        line = f"poison: {describe_use(recipe.poison)} in the training data"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"attacks: {attacks}", highlight=False, markup=False, soft_wrap=True)
     for line in _beside(recipe):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

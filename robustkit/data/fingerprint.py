@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import traceback
 from collections.abc import Iterator, Sequence
@@ -66,6 +67,13 @@ def fingerprint(
     if entry.origin != "builtin":
         # What a source of the user's own says of its data, an edit of its code may have made untrue.
         text += f"|source={registry.source_hash(entry)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def poisoned_fingerprint(key: str, use: Use, *, folder: Path | None = None, plugins: Sequence[Path] = ()) -> str:
+    """Return the key of data with this key once they are poisoned: another one for each parameter of the poison."""
+    source = registry.source_hash(registry.find("poison", use.name, folder=folder, plugins=plugins))
+    text = f"{key}|poison={use.name}|{json.dumps(use.parameters, sort_keys=True, default=str)}|source={source}"
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

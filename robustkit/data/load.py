@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from robustkit.data.arrays import Arrays, Source, checked, limited, resized, stratified
 from robustkit.data.cache import cached
-from robustkit.data.fingerprint import fingerprint, scaling, source_of
+from robustkit.data.fingerprint import fingerprint, poisoned_fingerprint, scaling, source_of
+from robustkit.data.poison.plant import planted, poison_of
 from robustkit.data.split import Dataset, Split, split_of
 from robustkit.errors import DataError
 from robustkit.recipe.spec import Use
@@ -24,6 +25,7 @@ def load_dataset(
     use: Use,
     *,
     validation: float = 0.1,
+    poison: Use | None = None,
     cache: Path | None = None,
     folder: Path | None = None,
     plugins: Sequence[Path] = (),
@@ -31,8 +33,10 @@ def load_dataset(
     """Return the data of a recipe as uint8 tensors on the CPU.
 
     `validation` is the share of each training class that is cut off for choosing checkpoints; the cut does not depend
-    on the run's seed. Decoded data are cached under `cache` (default: ROBUSTKIT_CACHE or the user's cache folder).
-    `folder` is where relative paths start; `plugins` are files in which a source of yours is found by its bare name.
+    on the run's seed. `poison` is put into the training data before the cut, as nobody knows which examples will be
+    held out; the test data stay as they are. Decoded data are cached under `cache` (default: ROBUSTKIT_CACHE or the
+    user's cache folder). `folder` is where relative paths start; `plugins` are files in which a source of yours is
+    found by its bare name.
 
     Raises:
         DataError: a file is missing or broken; the message names it. Or there are too few images to hold any out.
@@ -44,7 +48,10 @@ def load_dataset(
         arrays = checked(source.read(), _where(use, source))
         return _prepared(arrays, *scaling(source))
 
-    arrays = cached(key, read, cache)
+    arrays, mask = cached(key, read, cache), None
+    if poison is not None:
+        arrays, mask = planted(poison_of(poison, folder, plugins), arrays)
+        key = poisoned_fingerprint(key, poison, folder=folder, plugins=plugins)
     kept, cut = stratified(np.asarray(arrays.train_labels), validation, VALIDATION_SEED)
     if not len(cut):
         raise DataError(
@@ -61,6 +68,8 @@ def load_dataset(
         fingerprint=key,
         mean=mean,
         std=std,
+        poisoned=None if mask is None else torch.from_numpy(mask[kept]),
+        held_out_poisoned=None if mask is None else torch.from_numpy(mask[cut]),
     )
 
 

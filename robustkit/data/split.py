@@ -56,6 +56,10 @@ class Dataset:
     mean: tuple[float, ...]
     """Mean of each channel of the training images, in [0, 1]."""
     std: tuple[float, ...]
+    poisoned: Tensor | None = None
+    """Which training examples (N,) bool are poisoned, where it is known; for figures only, no defense sees it."""
+    held_out_poisoned: Tensor | None = None
+    """The same of the validation split."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

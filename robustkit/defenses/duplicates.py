@@ -24,8 +24,8 @@ def exact_matches(images: Tensor, among: Tensor | None = None) -> Tensor:
     reference = images if among is None else among
     if len(images) == 0 or len(reference) == 0:
         return torch.full((len(images),), NONE, dtype=torch.int64, device=images.device)
-    keys, order = torch.sort(_hashes(reference), stable=True)
-    wanted = _hashes(images)
+    keys, order = torch.sort(hashes(reference), stable=True)
+    wanted = hashes(images)
     # A stable sort puts the first of the equal ones at the left end of its run.
     place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
     candidate = order[place]
@@ -39,7 +39,8 @@ def exact_matches(images: Tensor, among: Tensor | None = None) -> Tensor:
     return torch.where(found, candidate, torch.full_like(candidate, NONE))
 
 
-def _hashes(images: Tensor) -> Tensor:
+def hashes(images: Tensor) -> Tensor:
+    """Return a 64-bit number (N,) of each uint8 image (N, C, H, W): of its bytes alone, and the same everywhere."""
     flat = images.flatten(1)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (flat.shape[1],), generator=generator).to(flat.device)
@@ -84,6 +85,11 @@ def near_matches(signature: Tensor, similarity: float, among: Tensor | None = No
     return found
 
 
+def directions(features: Tensor, mean: Tensor) -> Tensor:
+    """Return features (N, D) without their mean (D,) as unit vectors: what two examples differ in, not share."""
+    return F.normalize(features.to(torch.float32) - mean, dim=1)
+
+
 @dataclass(frozen=True)
 class Duplicates:
     """What was found: `of` (N,), the position of the image that each one repeats, or -1; `exact` (N,) bool."""
@@ -95,6 +101,10 @@ class Duplicates:
     def repeated(self) -> Tensor:
         """Bool (N,): the image repeats another one."""
         return self.of >= 0
+
+    def with_near(self, of: Tensor) -> Duplicates:
+        """Return these and, for images that repeat none yet, those of another search: positions (N,) or -1."""
+        return Duplicates(torch.where(self.of >= 0, self.of, of.to(self.of.device)), self.exact)
 
 
 def find_duplicates(

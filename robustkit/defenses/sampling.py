@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,35 +10,44 @@ import torch
 from torch import Tensor
 
 from robustkit.data.split import Split
-from robustkit.defenses.duplicates import find_duplicates
 from robustkit.defenses.neighbours import inconsistent, nearest, spare_emptied_classes, votes
 from robustkit.errors import UsageError
-from robustkit.params import Fraction, PositiveInt
+from robustkit.params import Fraction, OpenShare, PositiveInt
 from robustkit.train.hooks import DataContext, Defense
 
 
-def inverse_frequency(labels: Tensor, strength: float = 1.0) -> Tensor:
-    """Return sampling weights (N,) for labels (N,): count(class) ** -strength, scaled to a mean of 1.
+def inverse_frequency(labels: Tensor, strength: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Return sampling weights (N,) for labels (N,): effective(class) ** -strength, scaled to a mean of 1.
 
-    With strength 1 every class is drawn equally often; with 0 the data is drawn as it is.
+    The effective number of a class with n examples is (1 - beta ** n) / (1 - beta) (Cui et al. 2019); with beta 1 it
+    is n, with beta 0 it is 1. With strength 1 and beta 1 every class is drawn equally often; with strength or beta 0
+    the data is drawn as it is.
     """
     counts = torch.bincount(labels).to(torch.float64)
-    weights = counts.clamp_min(1).pow(-strength)[labels]
+    if 0 < beta < 1:
+        # 1 - beta ** n without the loss of digits where beta is next to 1.
+        counts = torch.expm1(counts * math.log(beta)) / (beta - 1)
+    elif beta == 0:
+        counts = counts.clamp_max(1)
+    # A class without examples has no weight to give: whatever it gets is never looked up.
+    weights = counts.where(counts > 0, 1.0).pow(-strength)[labels]
     return weights / weights.mean()
 
 
 @dataclass(frozen=True)
 class BalancedSampling(Defense):
-    """Draw every class equally often, whatever its share of the training data.
+    """Draw every class equally often, by inverse frequency or by effective number (Cui et al. 2019).
 
-    strength in [0, 1]: 1 balances fully, 0 not at all.
+    strength in [0, 1]: 1 balances fully, 0 not at all. beta in [0, 1]: with 1 a class weighs 1 / n, below it
+    (1 - beta) / (1 - beta^n), as further examples of a large class bring ever less that is new.
     """
 
     strength: Fraction = 1.0
+    beta: Fraction = 1.0
 
     def sample_weights(self, labels: Tensor, context: DataContext) -> Tensor:
         """Return the weight of each example (N,)."""
-        weights = inverse_frequency(labels, self.strength)
+        weights = inverse_frequency(labels, self.strength, self.beta)
         counts = torch.bincount(labels)
         counts = counts[counts > 0]
         smallest, largest = int(counts.min()), int(counts.max())
@@ -48,61 +58,35 @@ class BalancedSampling(Defense):
         return weights
 
 
-@dataclass(frozen=True)
-class Deduplicate(Defense):
-    """Remove repeated training images, exact and near ones, and report training images that the test split holds too.
+def random_part(labels: Tensor, share: float, generator: torch.Generator, *, per_class: bool = False) -> Tensor:
+    """Return a bool (N,) of a random `share` of the labels (N,), of each class or of all; at least one of each."""
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    groups = [(labels == label).nonzero().squeeze(1) for label in labels.unique()] if per_class else [None]
+    for members in groups:
+        positions = torch.arange(len(labels)) if members is None else members
+        order = torch.randperm(len(positions), generator=generator)
+        kept[positions[order[: max(1, round(share * len(positions)))]]] = True
+    return kept
 
-    near: also remove images whose correlation with an earlier one is at least `similarity`, whatever
-    their brightness and contrast.
+
+@dataclass(frozen=True)
+class Subsample(Defense):
+    """Train on a random share of the data: fewer poisons as well, and the control that every filter must beat.
+
+    per_class: the same share of each class, not of the data as a whole.
     """
 
-    near: bool = True
-    similarity: Fraction = 0.99
+    share: OpenShare = 0.5
+    per_class: bool = False
 
     def prepare_data(self, data: Split, context: DataContext) -> Split:
-        """Return the split without repetitions; the first image of each group stays."""
-        found = find_duplicates(data.images, similarity=self._similarity, device=context.device)
-        repeated = found.repeated.to(data.labels.device)
-        conflicts = repeated & (data.labels != data.labels[found.of.clamp_min(0).to(data.labels.device)])
-        removed, exact, relabelled = int(repeated.sum()), int(found.exact.sum()), int(conflicts.sum())
+        """Return a part of the split, drawn by the variant's seed."""
+        kept = random_part(data.labels.cpu(), self.share, context.generator, per_class=self.per_class)
         context.log(
-            f"deduplicate: {removed} of {len(data)} training images repeat an earlier one and were removed "
-            f"({exact} exact, {removed - exact} near; {relabelled} with another label)",
-            {
-                "removed": removed,
-                "of": len(data),
-                "exact": exact,
-                "near": removed - exact,
-                "different_label": relabelled,
-                "ids": data.index[repeated].tolist(),
-            },
+            f"subsample: {int(kept.sum())} of {len(data)} training images are used",
+            {"kept": int(kept.sum()), "removed": int((~kept).sum()), "of": len(data)},
         )
-        if context.test is not None:
-            self._report_leaks(data, context.test, context)
-        return data.select(~repeated)
-
-    @property
-    def _similarity(self) -> float | None:
-        return self.similarity if self.near else None
-
-    def _report_leaks(self, data: Split, test: Split, context: DataContext) -> None:
-        found = find_duplicates(
-            test.images.to(data.images.device), similarity=self._similarity, among=data.images, device=context.device
-        )
-        leaked = found.repeated
-        leaks, exact = int(leaked.sum()), int(found.exact.sum())
-        context.log(
-            f"deduplicate: {leaks} of {len(test)} test images are in the training data too "
-            f"({exact} exact, {leaks - exact} near); reported only",
-            {
-                "leaks": leaks,
-                "of": len(test),
-                "exact": exact,
-                "near": leaks - exact,
-                "test_ids": test.index[leaked.to(test.index.device)].tolist(),
-                "ids": data.index[found.of[leaked].to(data.index.device)].tolist(),
-            },
-        )
+        return data.select(kept)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_inner
 from robustkit.models.normalized import Normalized
+from robustkit.models.vote import Vote
 from robustkit.recipe.spec import Use
 from robustkit.store import write_atomic
 
 FORMAT = "robustkit/1"
 MAX_SIDE = 65_536
+MAX_MEMBERS = 10_000
 
 
 class Architecture(BaseModel):
@@ -35,12 +37,19 @@ class Architecture(BaseModel):
     parameters: dict[str, Any] = {}
     shape: Shape
     classes: tuple[str, ...] = Field(min_length=2)
+    members: int = Field(0, ge=0, le=MAX_MEMBERS)
+    """So many models of this architecture vote; 0: it is one model, which answers itself."""
 
 
 def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str]) -> None:
-    """Write a model that was made by `build_model`; atomically."""
+    """Write a model that was made by `build_model`, or a vote of such; atomically."""
     described = Architecture(
-        format=FORMAT, model=use.name, parameters=use.parameters, shape=shape, classes=tuple(classes)
+        format=FORMAT,
+        model=use.name,
+        parameters=use.parameters,
+        shape=shape,
+        classes=tuple(classes),
+        members=len(model.members) if isinstance(model, Vote) else 0,
     )
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
@@ -108,10 +117,12 @@ def _skeleton(
     try:
         # On the meta device nothing is allocated, whatever sizes the file claims.
         with torch.device("meta" if on_meta else "cpu"):
-            inner = build_inner(
-                use, shape=described.shape, classes=len(described.classes), folder=folder, plugins=plugins
-            )
-            return without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels))
+            built = [
+                build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder, plugins=plugins)
+                for _ in range(max(1, described.members))
+            ]
+            whole = [without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels)) for inner in built]
+            return Vote(whole) if described.members else whole[0]
     except (ModelError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
 

@@ -17,6 +17,8 @@ from robustkit.params import parse_number
 from robustkit.results import GateResult, GateVerdict, Rate, Results, VariantResult
 
 ACCURACIES = ("clean", "worst")
+POISONED = ("success",)
+"""What is measured where the training data are poisoned: the attack success rate."""
 SIZES = ("latency", "bytes", "gzip_bytes", "parameters", "nonzero", "macs", "sparsity", "train_seconds")
 _REFERENCE = re.compile(r"([\w.+-]+)\(\s*([\w.+-]+)\s*\)")
 _COMPARISON = re.compile(r"^(.+?)(>=|<=|>|<)(.+)$")
@@ -161,6 +163,8 @@ def _metric(row: VariantResult, metric: str) -> float:
 def _rate(row: VariantResult, metric: str) -> Rate | None:
     if metric == "clean":
         return row.clean
+    if metric == "success":
+        return row.poisoning.success if row.poisoning else None
     return row.worst if metric == "worst" else row.attacks.get(metric) or row.certified.get(metric)
 
 

@@ -61,7 +61,7 @@ def recipe_schema() -> dict[str, Any]:
             "name": {"type": "string"},
             "seed": {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
             "device": {"type": "string"},
-            "data": _use("data"),
+            "data": _data(),
             "model": _use("model"),
             "threat": threat,
             "normalize": _object({"mean": {"type": "array"}, "std": {"type": "array"}}),
@@ -86,6 +86,13 @@ def _use(kind: registry.Kind) -> dict[str, Any]:
     }
     written = {"type": "object", "properties": known, "minProperties": 1, "maxProperties": 1}
     return {"anyOf": [{"type": "string"}, written]}
+
+
+def _data() -> dict[str, Any]:
+    """Return what `data:` holds: a source, and beside it what is planted in its training images."""
+    text, written = _use("data")["anyOf"]
+    properties = {**written["properties"], "poison": _use("poison")}
+    return {"anyOf": [text, {**written, "properties": properties, "maxProperties": 2}]}
 
 
 def _parameters(entry: registry.Entry) -> dict[str, Any]:

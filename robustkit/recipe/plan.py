@@ -11,11 +11,25 @@ from typing import Literal
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
 Kind = Literal[
-    "fit", "measure", "clean", "attack", "audit", "curve", "checks", "latency", "certify", "soundness", "corruptions"
+    "fit",
+    "measure",
+    "clean",
+    "attack",
+    "audit",
+    "curve",
+    "checks",
+    "latency",
+    "certify",
+    "soundness",
+    "corruptions",
+    "success",
+    "tolerance",
 ]
-FORMAT = 2
+FORMAT = 3
 """Raised when the meaning of a step changes, so that older results are not taken for new ones."""
 
+PARTED = "partition_ensemble"
+"""The defense whose vote tolerates a number of poisons."""
 PROBED = frozenset({"cascade"})
 """Attacks that try first what fooled the parent."""
 AttackKeys = dict[tuple[str | None, int, str], str]
@@ -155,6 +169,13 @@ def _evaluation_steps(
     if evaluate.corruptions:
         key = content_key(kind="corruptions", model=fit, examples=evaluate.examples)
         steps.append(Step("corruptions", key, label, seed, (fit,), description="common corruptions"))
+    if recipe.poison is not None:
+        # The poison with its parameters is in the key of the data, and so in the model's.
+        key = content_key(kind="success", model=fit, examples=evaluate.examples)
+        steps.append(Step("success", key, label, seed, (fit,), description="success of the poison"))
+    if variant.train is not None and any(use.name == PARTED for use in variant.defenses):
+        key = content_key(kind="tolerance", model=fit, examples=evaluate.examples)
+        steps.append(Step("tolerance", key, label, seed, (fit,), description="poisons that the vote tolerates"))
     return steps
 
 

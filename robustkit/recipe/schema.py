@@ -13,9 +13,10 @@ from robustkit import registry
 from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
 from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
-from robustkit.recipe.gates import ACCURACIES, SIZES, parse_gate
+from robustkit.recipe.gates import ACCURACIES, POISONED, SIZES, parse_gate
 from robustkit.recipe.norms import check_attacks, check_defenses
 from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
+from robustkit.recipe.poison import read_poison, split_poison
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import EvaluateSpec, GateSpec, Recipe, ThreatSpec, TrainSpec, Use
 from robustkit.recipe.variants import read_variants
@@ -86,7 +87,9 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     given_threat = read_threat(reader, ("threat",), top.get("threat"))
     threat = given_threat or ThreatSpec()
     normalize = read_normalize(reader, top.get("normalize"))
+    top["data"], planted = split_poison(top.get("data"))
     data = _required(reader, "data", top)
+    poison = read_poison(reader, planted, data)
     model = _required(reader, "model", top)
     train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))
     variants = read_variants(reader, top.get("variants"), "variants" in top, model, threat, train)
@@ -94,7 +97,7 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     if given_threat is not None:
         check_attacks(reader, ("evaluate", "attacks"), evaluate.attacks, threat)
         check_defenses(reader, variants)
-    gates = _gates(reader, top.get("gates"), evaluate)
+    gates = _gates(reader, top.get("gates"), evaluate, poisoned=planted is not None)
     name = _name(reader, top.get("name"), path)
     seeds = _seeds(reader, top.get("seed", 0))
     device = _device(reader, top.get("device", "auto"))
@@ -106,6 +109,7 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
         seeds=seeds,
         device=device,
         data=data,
+        poison=poison,
         threat=threat,
         normalize=normalize,
         variants=variants,
@@ -120,7 +124,7 @@ def _place(problem: Problem) -> tuple[int, int]:
 
 
 def _required(reader: Reader, kind: registry.Kind, top: dict[str, Any]) -> Use | None:
-    if kind not in top or top[kind] is None:
+    if top.get(kind) is None:
         example = {"data": "data: digits", "model": "model: small_cnn"}[kind]
         reader.problem((kind,), f"`{kind}` is missing", f"e.g. {example}")
         return None
@@ -133,8 +137,9 @@ def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec
     plain = reader.model(EvaluateInput, ("evaluate",), {key: item for key, item in given.items() if key not in plugins})
     attacks = reader.uses("attack", ("evaluate", "attacks"), given.get("attacks", list(DEFAULT_ATTACKS)))
     certify = reader.uses("certificate", ("evaluate", "certify"), given.get("certify"))
-    _check_labels(reader, "attacks", "an attack's", attacks, (*ACCURACIES, *SIZES))
-    taken = (*ACCURACIES, *SIZES, *(use.label for use in attacks))
+    reserved = (*ACCURACIES, *POISONED, *SIZES)
+    _check_labels(reader, "attacks", "an attack's", attacks, reserved)
+    taken = (*reserved, *(use.label for use in attacks))
     _check_labels(reader, "certify", "a certificate's", certify, taken)
     if plain is not None and plain.audit and threat.norm == "l0":
         reader.problem(
@@ -160,9 +165,10 @@ def _check_labels(reader: Reader, key: str, whose: str, uses: Sequence[Use], tak
             reader.problem(("evaluate", key, number), f"{use.label!r} cannot be {whose} label", hint)
 
 
-def _gates(reader: Reader, value: object, evaluate: EvaluateSpec) -> tuple[GateSpec, ...]:
+def _gates(reader: Reader, value: object, evaluate: EvaluateSpec, *, poisoned: bool) -> tuple[GateSpec, ...]:
     items = value if isinstance(value, list) else [] if value is None else [value]
-    metrics = (*ACCURACIES, *SIZES, *(use.label for use in (*evaluate.attacks, *evaluate.certify)))
+    labels = (use.label for use in (*evaluate.attacks, *evaluate.certify))
+    metrics = (*ACCURACIES, *(POISONED if poisoned else ()), *SIZES, *labels)
     found = []
     for number, item in enumerate(items):
         path: tuple[str | int, ...] = ("gates", number) if isinstance(value, list) else ("gates",)
@@ -183,7 +189,10 @@ def _gates(reader: Reader, value: object, evaluate: EvaluateSpec) -> tuple[GateS
             reader.problem(path, message, hint or None)
             continue
         for metric, variant in gate.references():
-            if metric not in metrics:
+            if metric in POISONED and not poisoned:
+                hint = "e.g. data: {digits: , poison: badnets}"
+                reader.problem(path, f"the gate asks for {metric!r}, and the data are not poisoned", hint)
+            elif metric not in metrics:
                 hint = did_you_mean(metric, metrics) or f"known: {', '.join(metrics)}"
                 reader.problem(path, f"the gate names an unknown metric {metric!r}", hint)
             if reader.labels and variant not in reader.labels:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Norm = Literal["linf", "l2", "l1", "l0"]
-EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective")
+EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective", "loss_weights", "partition")
 """Hooks of a defense that only one defense of a variant may own."""
 
 
@@ -106,6 +106,8 @@ class Recipe(Spec):
     seeds: tuple[int, ...] = (0,)
     device: str = "auto"
     data: Use
+    poison: Use | None = None
+    """What is planted in the training data; the test data stay clean."""
     threat: ThreatSpec
     normalize: NormalizeSpec | None = None
     """None: the statistics of the training images."""

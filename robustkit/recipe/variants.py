@@ -166,6 +166,7 @@ def _variant(
         )
     if trains:
         _check_exclusive(reader, draft, defenses)
+    _check_parted(reader, draft, parent, defenses)
     if chosen is None or lost:
         return None
     return VariantSpec(
@@ -203,6 +204,18 @@ def _check_exclusive(reader: Reader, draft: Draft, defenses: tuple[Use, ...]) ->
                     "keep one, or make two variants",
                 )
             owners[hook] = use.label
+
+
+def _check_parted(reader: Reader, draft: Draft, parent: VariantSpec | None, defenses: tuple[Use, ...]) -> None:
+    """Note a vote that would start from one model, or be compressed or tuned as one: its members share no weights."""
+    above = [use.label for use in (parent.defenses if parent else ()) if "partition" in owned_hooks(reader, use)]
+    own = [use.label for use in defenses if "partition" in owned_hooks(reader, use)]
+    if above or (own and parent):
+        message = f"{(above or own)[0]} trains several models from scratch; no variant can start from "
+        reader.problem((*draft.path, "from"), message + ("their vote" if above else "another one"), "drop `from:`")
+    elif own and draft.given.get("compress"):
+        message = f"{own[0]} trains several models, whose vote cannot be compressed"
+        reader.problem((*draft.path, "compress"), message, "drop `compress:`")
 
 
 def owned_hooks(reader: Reader, use: Use) -> tuple[str, ...]:

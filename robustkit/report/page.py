@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from robustkit.report.gallery import Picture
+from robustkit.report.poisoning import FILTER_HEAD, FILTER_NOTE, TOLERANCE_NOTE, filter_rows, tolerance_table
 from robustkit.report.tables import (
     CERTIFIED_HEAD,
     attack_labels,
@@ -90,6 +91,8 @@ def context(
         "distances": distance_rows(results),
         "certified": certified_rows(results),
         "corruptions": corruption_rows(results),
+        "filters": filter_rows(results),
+        "tolerance": tolerance_table(results),
         "sparse": [row for row in rows if row.sparsity > 0.001],
         "provenance": list(_flat(results.provenance)),
         "worst_class": worst_class,
@@ -151,6 +154,8 @@ def _environment() -> Environment:
     environment.globals |= {"beside": beside, "beside_head": beside_head}
     environment.globals |= {"certified_head": CERTIFIED_HEAD, "certified_note": CERTIFIED_NOTE}
     environment.globals |= {"corruptions_note": CORRUPTIONS_NOTE}
+    environment.globals |= {"filter_head": FILTER_HEAD, "filter_note": FILTER_NOTE}
+    environment.globals |= {"tolerance_note": TOLERANCE_NOTE}
     return environment
 
 
@@ -190,6 +195,11 @@ def to_markdown(values: Mapping[str, Any]) -> str:
         cells = [list(row) for row in values["distances"]]
         parts += ["## Minimal distances", "", plain_rows(DISTANCE_HEAD, cells), ""]
     parts += _certified(values) + _corruptions(values)
+    if values["filters"]:
+        parts += ["## Poisoning", "", FILTER_NOTE, "", plain_rows(list(FILTER_HEAD), values["filters"]), ""]
+    if values["tolerance"]:
+        head, *cells = values["tolerance"]
+        parts += ["## Tolerated poisons", "", TOLERANCE_NOTE, "", plain_rows(head, cells), ""]
     parts += ["## Figures", "", *[f"![{CAPTIONS[name]}](figures/{name}.svg)\n" for name in values["figures"]]]
     if values["flags"]:
         cells = [[display_name(row, results), flag.severity, flag.id, flag.message] for row, flag in values["flags"]]

@@ -227,6 +227,8 @@ def to_csv(results: Results) -> str:
     head += [f"median_distance:{label}" for label in measured]
     proven = certificate_labels(results)
     head += [*(f"certified:{label}" for label in proven), *(["corrupted"] if corruption_names(results) else [])]
+    poisoned = any(row.poisoning for row in results.variants)
+    head += ["success"] if poisoned else []
     head += ["n", "parameters", "nonzero", "sparsity", "bytes", "gzip_bytes", "macs", "latency_batch_1_ms"]
     head += ["latency_batch_256_ms", "forwards", "backwards", "seconds", "train_seconds", "flags"]
     writer.writerow(head)
@@ -241,6 +243,7 @@ def to_csv(results: Results) -> str:
                 *["" if median is None else median for median in found],
                 *[row.certified[label].value if label in row.certified else "" for label in proven],
                 *([row.corruptions.mean.value if row.corruptions else ""] if corruption_names(results) else []),
+                *([row.poisoning.success.value if row.poisoning else ""] if poisoned else []),
                 *[row.clean.n, row.parameters, row.nonzero, row.sparsity, row.bytes, row.gzip_bytes, row.macs],
                 *[row.latency_ms.get("batch_1", ""), row.latency_ms.get("batch_256", "")],
                 *[row.forwards, row.backwards, row.seconds, row.train_seconds],

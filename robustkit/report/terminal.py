@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from robustkit.report.poisoning import NO_FILTER, filter_rows, is_poisoned, success_text, tolerance_table
 from robustkit.report.tables import (
     attack_labels,
     beside,
@@ -35,7 +36,8 @@ def summary(results: Results, width: int = 160) -> Table:
     narrow = width < NARROW
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     table.add_column("variant", no_wrap=not narrow)
-    for name in ("clean", *(() if narrow else labels), "worst"):
+    poisoned = ("success",) if is_poisoned(results) else ()
+    for name in ("clean", *poisoned, *(() if narrow else labels), "worst"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in () if narrow else beside_head(certificate_labels(results), bool(corruption_names(results))):
         table.add_column(name, justify="right")
@@ -53,6 +55,8 @@ def _cells(row: VariantResult, results: Results, labels: list[str], narrow: bool
     mark = " !" if wrong else ""
     cells = [Text("  " * row.depth + display_name(row, results) + mark, style="red" if wrong else "")]
     cells.append(Text(rate_text(row.clean)))
+    if is_poisoned(results):
+        cells.append(Text(success_text(row)))
     if not narrow:
         cells += [Text(percent(row.attacks[label].value) if label in row.attacks else "") for label in labels]
     cells.append(Text(rate_text(row.worst), style="bold"))
@@ -86,6 +90,14 @@ def print_summary(results: Results, console: Console) -> None:
         _line(console, sentence)
     for name, label, norm, median, found in distance_rows(results):
         _line(console, f"{name}: median {norm} distance {median} under {label}, found for {found}")
+    for name, _, _, defense, removed, precision, recall, _ in filter_rows(results):
+        if defense != NO_FILTER:
+            found = f"precision {precision or 'none'}, recall {recall or 'none'}"
+            _line(console, f"{name}: {defense} removed {removed}: {found} of the poison")
+    head, *rows = tolerance_table(results) or [[]]
+    for name, _, *cells in rows:
+        known = [f"{cell} for {count}" for cell, count in zip(cells, head[2:], strict=True) if cell]
+        _line(console, f"{name}: certain whatever poisons do: {', '.join(known)}")
     for gate in results.gates:
         style = "green" if gate.holds else "bold red"
         _line(console, f"gate {gate.verdict}: {gate.text}  ({gate_text(gate)})", style)

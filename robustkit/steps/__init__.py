@@ -9,6 +9,7 @@ from robustkit.steps.audit import audit_step
 from robustkit.steps.bounds import certify_step, corruptions_step, soundness_step
 from robustkit.steps.evaluate import attack_step, checks_step, clean_step, curve_step, latency_step, measure_step
 from robustkit.steps.fit import fit_step
+from robustkit.steps.poisoned import success_step, tolerance_step
 from robustkit.workbench import Workbench
 
 STEPS: Mapping[Kind, Callable[[Workbench, Step], None]] = {
@@ -23,4 +24,6 @@ STEPS: Mapping[Kind, Callable[[Workbench, Step], None]] = {
     "certify": certify_step,
     "soundness": soundness_step,
     "corruptions": corruptions_step,
+    "success": success_step,
+    "tolerance": tolerance_step,
 }

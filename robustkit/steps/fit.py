@@ -18,6 +18,7 @@ from robustkit.models.build import build_model
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
+from robustkit.steps.members import fit_members, owner_of, remove_states
 from robustkit.store import STATE
 from robustkit.train.hooks import Defense, owned_hooks
 from robustkit.train.loop import fit
@@ -30,6 +31,9 @@ def fit_step(bench: Workbench, step: Step) -> None:
     """Make a variant: its parent's weights or new ones, compressed, trained, saved as best and last."""
     variant = bench.recipe.variant(step.variant)
     data = bench.dataset(variant.train.validation) if variant.train else bench.any_dataset()
+    if variant.train and _parts(bench, variant):
+        _fit_vote(bench, variant, step, data)
+        return
     arrived = _start(bench, variant, step, data)
     keeper = _keeper(bench, variant, step, data, hook_masks(arrived))
     model = without_hooks(arrived).to(bench.device)
@@ -58,6 +62,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
             "flags": [flag.model_dump() for flag in fitted.flags],
             "notes": list(fitted.notes),
             "train_seconds": fitted.seconds,
+            "poison": fitted.poison,
         }
         last = without_hooks(_start(bench, variant, step, data))
         last.load_state_dict(fitted.last_state)
@@ -71,6 +76,30 @@ def fit_step(bench: Workbench, step: Step) -> None:
             record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)
+
+
+def _parts(bench: Workbench, variant: VariantSpec) -> bool:
+    """Say whether a variant's data are parted.
+
+    Raises:
+        UsageError: and it starts from another variant, is compressed or is to be: members have no common weights.
+    """
+    if owner_of(_defenses(bench, variant, None)) is None:
+        return False
+    if variant.parent or variant.compress:
+        raise UsageError(f"{variant.label}: members of a vote are trained from scratch; drop `from` and `compress`")
+    return True
+
+
+def _fit_vote(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> None:
+    def build(part: Dataset) -> nn.Module:
+        return without_hooks(_build(bench, variant, step, part))
+
+    found = fit_members(bench, variant, step, data, _defenses(bench, variant, None), build)
+    _save(bench, found.last, variant, data, step, LAST)
+    _save(bench, found.best, variant, data, step, MODEL)
+    bench.store.finish(step.key, {"variant": step.variant, "seed": step.seed, **found.record}, (MODEL, LAST))
+    remove_states(bench, step)
 
 
 def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Dataset, step: Step, name: str) -> None:

@@ -15,7 +15,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.recipe.spec import EXCLUSIVE_HOOKS
 
 if TYPE_CHECKING:
-    from robustkit.data.split import Split
+    from robustkit.data.split import Dataset, Split
 
 
 class Decision(Enum):
@@ -128,6 +128,13 @@ class Defense:
     Hooks run in the order in which the recipe lists the defenses.
     """
 
+    def partition(self, data: Dataset, validation: float) -> list[Dataset] | None:
+        """EXCLUSIVE. Return the parts of the data on which one model each is trained, to vote; None for one model.
+
+        `validation`: the share of each part that is to be held out.
+        """
+        return None
+
     def prepare_data(self, data: Split, context: DataContext) -> Split:
         """Filter, deduplicate or relabel the training data before the first epoch."""
         return data
@@ -158,6 +165,10 @@ class Defense:
 
     def objective(self, batch: Batch, forward: Forward, step: Step) -> Tensor | None:
         """EXCLUSIVE main loss, per example (N,); None for cross-entropy on forward.adversarial()."""
+        return None
+
+    def loss_weights(self, losses: Tensor, batch: Batch, step: Step) -> Tensor | None:
+        """EXCLUSIVE. Return weights (N,) of the main losses (N,), which come without a graph; None for the mean."""
         return None
 
     def penalty(self, batch: Batch, forward: Forward, step: Step) -> Tensor | None:

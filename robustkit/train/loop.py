@@ -14,16 +14,16 @@ from robustkit import registry
 from robustkit.attacks.threat import Threat
 from robustkit.data.augment import Augmentation
 from robustkit.data.batches import epoch_order, resident, training_batches
-from robustkit.data.split import Dataset, Split
-from robustkit.errors import TrainingError
+from robustkit.data.split import Dataset
+from robustkit.errors import TrainingError, UsageError
 from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
 from robustkit.train.guards import Guards, Verdict
-from robustkit.train.hooks import Batch, DataContext, Decision, EpochReport, Step, is_adversarial
+from robustkit.train.hooks import Batch, Decision, EpochReport, Step, is_adversarial, owned_hooks
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
-from robustkit.train.probe import Probe
+from robustkit.train.prepare import prepare_data
 from robustkit.train.recovery import Recovery
 from robustkit.train.state import (
     Checkpoint,
@@ -64,6 +64,8 @@ class Fitted:
     flags: list[Flag]
     notes: list[str]
     seconds: float
+    poison: dict[str, Any] | None = None
+    """Where it is known what is poisoned in the training data: what the defenses removed of it."""
 
 
 def fit(
@@ -89,8 +91,11 @@ def fit(
     undisturbed one. `create` makes the optimizer and the schedule that the spec names.
 
     Raises:
+        UsageError: a defense parts the data; each part needs a call of its own.
         TrainingError: the loss is not finite after three returns with half the learning rate.
     """
+    if any("partition" in owned_hooks(type(defense)) for _, defense in defenses):
+        raise UsageError("a defense that parts the data trains several models; a recipe runs it, `fit` trains one")
     run = _Run(model, data, spec, defenses, threat, seed, key, device, on_event, augment, create)
     return run.fit(checkpoint)
 
@@ -118,7 +123,9 @@ class _Run:
         self.classes = len(data.classes)
         self.adversarial = any(is_adversarial(defense) for _, defense in defenses)
         self.notes: list[str] = []
-        self.train, self.weights = self._prepare_data(data)
+        prepared = prepare_data(data, defenses, seed=seed, key=key, device=device, log=self._log)
+        self.train, self.weights = resident(prepared.train, device, spec.memory_limit), prepared.weights
+        self.poison = prepared.poison
         self.validation = data.validation.to(device)
         self.attacked = robust_subset(self.validation)
         # Shown where it is asked for; no decision ever reads it.
@@ -130,27 +137,6 @@ class _Run:
         self.precision = self._precision()
         # Built once: hooks that were inserted must be there before a state is taken or put back.
         self.initial = snapshot(self.model, self.optimizer, self.defenses)
-
-    def _prepare_data(self, data: Dataset) -> tuple[Split, Tensor | None]:
-        probe = Probe(data.train, self.classes, self.device, derive_seed(self.seed, self.key, "probe"))
-        contexts = {
-            label: DataContext(
-                generator=torch.Generator().manual_seed(derive_seed(self.seed, self.key, label, "data")),
-                device=self.device,
-                log=self._log,
-                features=probe,
-                test=data.test,
-            )
-            for label, _ in self.defenses
-        }
-        train, weights = data.train, None
-        for label, defense in self.defenses:
-            train = defense.prepare_data(train, contexts[label])
-        # Only now: weights are one for each example that every defense has left in.
-        for label, defense in self.defenses:
-            drawn = defense.sample_weights(train.labels, contexts[label])
-            weights = drawn if drawn is not None else weights
-        return resident(train, self.device, self.spec.memory_limit), weights
 
     def _log(self, message: str, numbers: Mapping[str, Any]) -> None:
         self.notes.append(message)
@@ -351,4 +337,5 @@ class _Run:
             flags=state.flags,
             notes=state.notes,
             seconds=round(state.seconds, 3),
+            poison=self.poison,
         )

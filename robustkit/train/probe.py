@@ -12,7 +12,10 @@ from robustkit.models.small_cnn import SmallCnn
 from robustkit.seeding import derive_seed
 
 WIDTHS = [16, 32, 32]
-EPOCHS = 3
+EPOCHS = (3, 10)
+"""At least and at most so many."""
+STEPS = 700
+"""Few images get more epochs, to come to so many steps: before, a backdoor's features do not part from its class."""
 BATCH = 128
 PEAK = 0.05
 
@@ -29,9 +32,7 @@ class Probe:
 
     def __call__(self, split: Split) -> Tensor:
         """Return features (N, D) of a split, on the CPU."""
-        if self._model is None:
-            self._model = self._trained()
-        model = self._model.eval()
+        model = self.model
         found = []
         with torch.no_grad():
             for start in range(0, len(split), 500):
@@ -39,15 +40,23 @@ class Probe:
                 found.append(model.pool(model.groups(x)).flatten(1))
         return torch.cat(found).cpu()
 
+    @property
+    def model(self) -> SmallCnn:
+        """The network itself, in eval mode."""
+        if self._model is None:
+            self._model = self._trained()
+        return self._model.eval()
+
     def _trained(self) -> SmallCnn:
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self._seed, "init"))
             model = SmallCnn(self._train.shape, self._classes, WIDTHS).to(self._device)
         optimizer = torch.optim.SGD(model.parameters(), lr=PEAK, momentum=0.9)
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "order"))
-        steps = EPOCHS * -(-len(self._train) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps + 1)
-        for _ in range(EPOCHS):
+        each = -(-len(self._train) // BATCH)
+        epochs = min(max(EPOCHS[0], -(-STEPS // each)), EPOCHS[1])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=epochs * each + 1)
+        for _ in range(epochs):
             order = epoch_order(len(self._train), generator)
             for x, y, _ in training_batches(self._train, order, BATCH, self._device, (), generator):
                 _step(model, optimizer, x, y)

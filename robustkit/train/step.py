@@ -58,7 +58,12 @@ def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
     if losses is None:
         target = batch.y if batch.target is None else batch.target
         losses = functional.cross_entropy(forward.adversarial().float(), target, reduction="none")
-    loss = losses.mean() if batch.weight is None else (losses * batch.weight).sum() / batch.weight.sum()
+    weight = batch.weight
+    for defense, step in hooked:
+        chosen = defense.loss_weights(losses.detach(), batch, step)
+        if chosen is not None:
+            weight = chosen if weight is None else weight * chosen
+    loss = losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
     for defense, step in hooked:
         penalty = defense.penalty(batch, forward, step)
         loss = loss if penalty is None else loss + penalty

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustkit.data.split import Split, split_of
+from robustkit.defenses.deduplicate import Deduplicate
 from robustkit.defenses.duplicates import exact_matches, find_duplicates, near_matches, signatures
 from robustkit.defenses.neighbours import inconsistent, nearest, spare_emptied_classes, votes
-from robustkit.defenses.sampling import BalancedSampling, Deduplicate, KnnFilter, inverse_frequency, pixel_features
+from robustkit.defenses.sampling import BalancedSampling, KnnFilter, inverse_frequency, pixel_features
 from robustkit.errors import UsageError
 from robustkit.train.hooks import DataContext
 
@@ -100,7 +101,7 @@ def test_exact_matches_agree_with_comparing_bytes(seed: int, count: int) -> None
 def test_equal_hashes_of_different_images_are_not_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.arange(3 * 4, dtype=torch.uint8).view(3, 1, 2, 2)
     monkeypatch.setattr(
-        "robustkit.defenses.duplicates._hashes", lambda found: torch.zeros(len(found), dtype=torch.int64)
+        "robustkit.defenses.duplicates.hashes", lambda found: torch.zeros(len(found), dtype=torch.int64)
     )
     assert exact_matches(images).tolist() == [-1, -1, -1]
 

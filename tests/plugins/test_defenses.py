@@ -64,7 +64,15 @@ CASES = [
     Case("dropout", {"p": 0.3}, draws=True),
     Case("dropout", {"p": 0.3, "conv": 0.1}, draws=True),
     Case("balanced_sampling", owns=("sample_weights",)),
+    Case("balanced_sampling", {"beta": 0.99}, owns=("sample_weights",)),
+    Case("subsample"),
+    Case("spectral_signatures"),
+    Case("activation_clustering"),
+    Case("hard_examples", {"warmup": 0.0}, owns=("loss_weights",)),
+    Case("trimmed_loss", {"warmup": 0.0}, owns=("loss_weights",)),
+    Case("partition_ensemble", {"parts": 2}, owns=("partition",)),
     Case("deduplicate"),
+    Case("deduplicate", {"embedding": 0.999}),
     Case("knn_filter", {"k": 5, "features": "pixels"}),
     Case("knn_filter"),
     Case("pgd_training", {"steps": 2}, ball=1, owns=("perturb",), draws=True),
@@ -78,6 +86,10 @@ CASES = [
     Case("input_gradient.py:InputGradient", {"weight": 0.5}),
     Case("input_gradient.py:InputGradient", {"weight": 0.5}, norm="l2"),
 ]
+DATA = (
+    "balanced_sampling", "deduplicate", "knn_filter", "subsample", "spectral_signatures", "activation_clustering"
+)  # fmt: skip
+"""Defenses that log what they did to the data."""
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 adversarial = pytest.mark.parametrize("case", [case for case in CASES if case.ball], ids=lambda case: case.id)
 
@@ -229,7 +241,8 @@ def test_perturbed_images_stay_in_ball_and_box_and_raise_the_loss(case: Case, di
     assert (score(model(found)) > score(model(batch.x))).float().mean() > 0.9
 
 
-@every
+# A defense that parts the data trains several models, each with a call of its own.
+@pytest.mark.parametrize("case", [case for case in CASES if "partition" not in case.owns], ids=lambda case: case.id)
 def test_an_epoch_of_the_training_loop(case: Case, digits: Split) -> None:
     data = Dataset(
         digits.select(torch.arange(200)),
@@ -261,7 +274,7 @@ def test_an_epoch_of_the_training_loop(case: Case, digits: Split) -> None:
     assert len(fitted.epochs) == 1
     assert (fitted.epochs[0].robust is not None) == ("perturb" in case.owns)
     assert list(fitted.model.state_dict()) == list(network().state_dict())
-    if case.name in ("deduplicate", "knn_filter", "balanced_sampling"):
+    if case.name in DATA:
         assert any(case.name in str(values.get("message")) for name, values in events if name == "data")
 
 
@@ -294,10 +307,17 @@ def test_defenses_compose_in_one_step(digits: Split) -> None:
     torch.testing.assert_close(total_loss(batch, Forward(model, batch), hooked), alone + added)
 
 
-@pytest.mark.parametrize("pair", ["[pgd_training, trades]", "[n_fgsm, pgd_training]"])
-def test_two_owners_of_one_hook_are_a_recipe_error(pair: str) -> None:
+@pytest.mark.parametrize(
+    ("pair", "hook"),
+    [
+        ("[pgd_training, trades]", "perturb"),
+        ("[n_fgsm, pgd_training]", "perturb"),
+        ("[hard_examples, trimmed_loss]", "loss_weights"),
+    ],
+)
+def test_two_owners_of_one_hook_are_a_recipe_error(pair: str, hook: str) -> None:
     text = f"name: x\ndata: digits\nmodel: small_cnn\nvariants:\n  both: {{defenses: {pair}}}\n"
-    with pytest.raises(RecipeError, match="perturb"):
+    with pytest.raises(RecipeError, match=hook):
         parse_recipe(text)
 
 
@@ -398,9 +418,11 @@ def test_data_defenses_keep_labels_beside_their_images(digits: Split) -> None:
         features=lambda split: split.floats(0, len(split)).flatten(1),
     )
     twice = split_of(digits.images.repeat(2, 1, 1, 1), digits.labels.repeat(2))
-    for case in (Case("deduplicate"), Case("knn_filter"), Case("knn_filter", {"features": "pixels"})):
+    cases = [case for case in CASES if case.name in DATA and not case.owns]
+    assert len(cases) == 7
+    for case in cases:
         kept = case.make().prepare_data(twice, context)
-        assert 0 < len(kept) < len(twice) or case.name == "knn_filter"
+        assert 0 < len(kept) < len(twice) or case.name in ("knn_filter", "activation_clustering")
         assert torch.equal(kept.images, twice.images[kept.index])
         assert torch.equal(kept.labels, twice.labels[kept.index])
         assert set(kept.labels.tolist()) == set(twice.labels.tolist())

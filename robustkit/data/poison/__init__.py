@@ -1,0 +1,1 @@
+"""Poisoned training data: what an adversary plants there, and what it does to test images."""

@@ -59,6 +59,8 @@ class Step:
     generator: torch.Generator
     length: float = 0.0
     """Share of the training that this step is; 0 between steps."""
+    ramp: float = 1.0
+    """Share of the variant's eps that `threat` has in this step; below 1 while it still grows."""
 
     @property
     def done(self) -> float:

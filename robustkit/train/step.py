@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,18 +25,33 @@ def train_step(
     *,
     precision: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Do one optimizer step and return (loss, number of right predictions) as tensors on the device.
+    """Do the optimizer steps of one batch and return the last (loss, number of right predictions) on the device.
 
-    Order: transform_batch, perturb, around_step, objective (else cross-entropy), penalty, backward, step, after_step.
+    Order: ramp, transform_batch, then as often as a defense replays the batch (else once): perturb, around_step,
+    objective (else cross-entropy), penalty, backward, step, after_step.
     """
+    hooked = ramped(hooked)
     with autocast(batch.x.device.type, precision):
         for defense, step in hooked:
             batch = defense.transform_batch(batch, step)
-        for defense, step in hooked:
-            found = defense.perturb(batch, step)
-            if found is not None:
-                batch.x_adv = found.detach()
-        forward = Forward(model, batch)
+    found = optimized(model, batch, hooked, optimizer, precision=precision)
+    for _ in range(1, max((defense.replays() for defense, _ in hooked), default=1)):
+        found = optimized(model, batch, hooked, optimizer, precision=precision)
+    return found
+
+
+def optimized(
+    model: Callable[[Tensor], Tensor],
+    batch: Batch,
+    hooked: Hooked,
+    optimizer: torch.optim.Optimizer,
+    *,
+    precision: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Do one optimizer step on a batch and return (loss, number of right predictions) as tensors on the device."""
+    with autocast(batch.x.device.type, precision):
+        perturb(batch, hooked)
+        forward = Forward(model, batch, lambda forward: main_loss(batch, forward, hooked))
         with ExitStack() as stack:
             for defense, step in hooked:
                 stack.enter_context(defense.around_step(batch, forward, step))
@@ -48,13 +65,31 @@ def train_step(
     return loss.detach(), right
 
 
+def ramped(hooked: Hooked) -> Hooked:
+    """Return the defenses with the threat at the share of eps that their curricula ask for."""
+    factor = math.prod(defense.ramp(step) for defense, step in hooked)
+    if factor == 1:
+        return hooked
+    return [
+        (defense, replace(step, threat=step.threat.scaled(factor), ramp=step.ramp * factor)) for defense, step in hooked
+    ]
+
+
+def perturb(batch: Batch, hooked: Hooked) -> None:
+    """Set `batch.x_adv` to what the owner of `perturb` finds; nothing is perturbed while eps is 0."""
+    for defense, step in hooked:
+        found = defense.perturb(batch, step) if step.ramp > 0 else None
+        if found is not None:
+            batch.x_adv = found.detach()
+
+
 def autocast(device_type: str, precision: torch.dtype | None) -> AbstractContextManager[object]:
     """Return the context in which operations run at `precision`; None leaves them as they are."""
     return nullcontext() if precision is None else torch.autocast(device_type, dtype=precision)
 
 
-def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
-    """Return the mean main loss, weighted where the batch has weights, plus every penalty."""
+def main_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
+    """Return the mean main loss, weighted where the batch has weights: an objective's, else the cross-entropy."""
     losses: Tensor | None = None
     for defense, step in hooked:
         owned = defense.objective(batch, forward, step)
@@ -62,7 +97,12 @@ def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
     if losses is None:
         target = batch.y if batch.target is None else batch.target
         losses = functional.cross_entropy(forward.adversarial().float(), target, reduction="none")
-    loss = losses.mean() if batch.weight is None else (losses * batch.weight).sum() / batch.weight.sum()
+    return losses.mean() if batch.weight is None else (losses * batch.weight).sum() / batch.weight.sum()
+
+
+def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
+    """Return the mean main loss plus every penalty."""
+    loss = main_loss(batch, forward, hooked)
     for defense, step in hooked:
         penalty = defense.penalty(batch, forward, step)
         loss = loss if penalty is None else loss + penalty

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustkit.attacks.threat import Threat
 from robustkit.defenses.budget import checked_alpha, require_norm, step_length, target_of, warmed
 from robustkit.defenses.inner import kl_divergence, n_fgsm_examples, pgd_examples, trades_examples
 from robustkit.errors import UsageError
@@ -91,6 +92,11 @@ class NFgsm(Defense):
             noise=self.noise,
             generator=step.generator,
         )
+
+    def budget(self, threat: Threat) -> float:
+        """Return noise * eps + alpha: the noise and the step are not clipped."""
+        eps = float(threat.eps)
+        return self.noise * eps + (eps if self.alpha is None else self.alpha)
 
     def ready(self, step: Step) -> bool:
         """Say that no checkpoint may be selected while eps still grows."""

@@ -13,6 +13,12 @@ from robustkit.recipe.spec import ThreatSpec, Use, VariantSpec
 from robustkit.registry import TORCHATTACKS
 
 DEFENSE_NORMS: dict[str, tuple[str, ...]] = {
+    "ensemble_training": ("linf", "l2"),
+    "fgsm": ("linf", "l2"),
+    "fgsm_rs": ("linf",),
+    "free": ("linf", "l2"),
+    "grad_align": ("linf", "l2"),
+    "mart": ("linf", "l2"),
     "n_fgsm": ("linf",),
     "pgd_training": ("linf", "l2"),
     "trades": ("linf", "l2"),

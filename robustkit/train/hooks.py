@@ -61,6 +61,8 @@ class Step:
     """Share of the training that this step is; 0 between steps."""
     ramp: float = 1.0
     """Share of the variant's eps that `threat` has in this step; below 1 while it still grows."""
+    label: str = ""
+    """The plugin's name, for messages."""
 
     @property
     def done(self) -> float:

@@ -19,10 +19,12 @@ from robustkit.errors import TrainingError
 from robustkit.recipe.spec import TrainSpec
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
+from robustkit.train.clock import Clock
 from robustkit.train.guards import Guards, Verdict
 from robustkit.train.hooks import Batch, DataContext, Decision, EpochReport, Step, is_adversarial
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
+from robustkit.train.overfitting import overfitting_flags
 from robustkit.train.probe import Probe
 from robustkit.train.recovery import Recovery
 from robustkit.train.state import (
@@ -37,6 +39,7 @@ from robustkit.train.state import (
     weights_of,
 )
 from robustkit.train.step import train_step
+from robustkit.train.switch import substitutes
 from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy, robust_subset
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -108,6 +111,7 @@ class _Run:
         self.on_event, self.augment = on_event, augment
         self.classes = len(data.classes)
         self.adversarial = any(is_adversarial(defense) for _, defense in defenses)
+        self.ladder = substitutes(defenses, threat.norm)
         self.notes: list[str] = []
         self.train, self.weights = self._prepare_data(data)
         self.validation = data.validation.to(device)
@@ -176,7 +180,8 @@ class _Run:
         """Train to the end, from where the checkpoint left off."""
         state = self._start(checkpoint)
         good = snapshot(self.model, self.optimizer, self.defenses)
-        recovery = Recovery(self._put_back, self.initial, self.on_event)
+        recovery = Recovery(self._put_back, self.initial, self.on_event, self.ladder)
+        self.clock = Clock(self.spec.time_limit, state.seconds, self.on_event)
         while state.epoch < self.spec.epochs and not state.stopped:
             row = self._epoch(state)
             weights = weights_of(self._evaluated())
@@ -209,8 +214,7 @@ class _Run:
         restore(saved, self.model, self.optimizer, self.defenses)
 
     def _seed(self, label: str, state: TrainingState) -> int:
-        attempt = state.guards.rollbacks + state.guards.restarts
-        return derive_seed(self.seed, self.key, label, state.epoch, attempt)
+        return derive_seed(self.seed, self.key, label, state.epoch, state.guards.attempt)
 
     def _epoch(self, state: TrainingState) -> EpochRow:
         started = time.perf_counter()
@@ -250,14 +254,28 @@ class _Run:
             self._set_lr(progress, state)
             batch = Batch(x.contiguous(memory_format=self.layout), y, index, self.classes)
             length = 1 / (steps * self.spec.epochs)
+            ramp = state.guards.ramp(progress)
+            at = (self.model, state.epoch, self.spec.epochs, progress, self.threat.scaled(ramp))
             hooked = [
-                (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label], length))
+                (defense, Step(*at, own[label], length, ramp, label.partition("#")[0]))
                 for label, defense in self.defenses
             ]
-            loss, hits = train_step(self.runner, batch, hooked, self.optimizer, precision=self.precision)
+            loss, hits = train_step(
+                self.runner,
+                batch,
+                hooked,
+                self.optimizer,
+                precision=self.precision,
+                instead=self.ladder[state.guards.switches - 1].defense if state.guards.switches else None,
+                audit=number == 1 and self.spec.guards,
+            )
             total += loss * len(y)
             right += hits
             seen += len(y)
+            late = self.clock.tick((self.spec.epochs - state.epoch) * steps - number, total.item)
+            if late is not None:
+                state.notes.append(late)
+                self.on_event("warning", {"message": late})
             if number % CHECK_EVERY == 0 and not bool(torch.isfinite(total)):
                 break
             if time.perf_counter() - shown > SHOW_EVERY:
@@ -272,10 +290,10 @@ class _Run:
 
     def _measure(self, state: TrainingState, loss: float, accuracy: float) -> EpochRow:
         model = self._evaluated()
-        robust = single = None
+        found = None
         if self.adversarial or self.spec.select == "robust":
             seed = derive_seed(self.seed, self.key, "validation")
-            robust, single = robust_accuracy(model, self.attacked, self.threat, self.device, seed=seed)
+            found = robust_accuracy(model, self.attacked, self.threat, self.device, seed=seed)
         held_out, clean = clean_loss_and_accuracy(model, self.validation, self.device)
         row = EpochRow(
             epoch=state.epoch,
@@ -283,11 +301,14 @@ class _Run:
             train_accuracy=accuracy,
             validation_loss=held_out,
             clean=clean,
-            robust=robust,
+            robust=found.robust if found else None,
+            single_step=found.single_step if found else None,
+            margin=found.margin if found else None,
+            lr=self.optimizer.param_groups[0]["lr"],
         )
         if self.test is not None:
             row.test_loss, row.test_accuracy = clean_loss_and_accuracy(model, self.test, self.device)
-        return row.model_copy(update={"single_step": single, "lr": self.optimizer.param_groups[0]["lr"]})
+        return row
 
     def _evaluated(self) -> nn.Module:
         model = self.model
@@ -300,8 +321,7 @@ class _Run:
         verdict: Verdict = state.guards.judge(row, state.rows) if self.spec.guards else "ok"
         if verdict != "ok":
             return verdict, False
-        single = getattr(row, "single_step", None)
-        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust, single)
+        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust, row.single_step)
         decisions = [defense.after_epoch(report) for _, defense in self.defenses]
         if Decision.FAIL in decisions:
             raise TrainingError(f"a defense gave up after epoch {row.epoch + 1}")
@@ -315,7 +335,7 @@ class _Run:
         state.rows.append(row)
         state.epoch += 1
         state.last = weights
-        if all(defense.ready(step) for _, defense in self.defenses):
+        if state.guards.ramp(progress) == 1 and all(defense.ready(step) for _, defense in self.defenses):
             score = self._score(row)
             if score >= state.best_score:
                 state.best, state.best_epoch, state.best_score = state.last, row.epoch, score
@@ -328,7 +348,7 @@ class _Run:
             return float(row.epoch), 0.0
         if select == "clean" or row.robust is None:
             return row.clean, 0.0
-        return row.robust, row.clean
+        return row.robust, -(row.margin or 0.0)
 
     def _finish(self, state: TrainingState) -> Fitted:
         if not state.last:
@@ -344,7 +364,7 @@ class _Run:
             last_state=state.last,
             epochs=state.rows,
             best_epoch=state.best_epoch,
-            flags=state.flags,
+            flags=[*state.flags, *(overfitting_flags(state.rows, state.best_epoch) if self.adversarial else [])],
             notes=state.notes,
             seconds=round(state.seconds, 3),
         )

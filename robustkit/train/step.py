@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustkit.train.hooks import Batch, Defense, Forward, Step
+from robustkit.train.audits import audited_perturb
+from robustkit.train.hooks import Batch, Defense, Forward, Step, is_adversarial
 
+Perturb = Callable[[Defense, Batch, Step], Tensor | None]
 Hooked = Sequence[tuple[Defense, Step]]
 """Each defense with the step as it sees it (its own generator)."""
 
@@ -24,8 +26,13 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     precision: torch.dtype | None,
+    instead: Defense | None = None,
+    audit: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Do the optimizer steps of one batch and return the last (loss, number of right predictions) on the device.
+
+    instead: what perturbs in place of the defense that owns `perturb`. audit: look closely at what it does, which
+    waits for the device.
 
     Order: ramp, transform_batch, then as often as a defense replays the batch (else once): perturb, around_step,
     objective (else cross-entropy), penalty, backward, step, after_step.
@@ -34,9 +41,10 @@ def train_step(
     with autocast(batch.x.device.type, precision):
         for defense, step in hooked:
             batch = defense.transform_batch(batch, step)
-    found = optimized(model, batch, hooked, optimizer, precision=precision)
+    attack = audited_perturb if audit else plain_perturb
+    found = optimized(model, batch, hooked, optimizer, precision=precision, instead=instead, attack=attack)
     for _ in range(1, max((defense.replays() for defense, _ in hooked), default=1)):
-        found = optimized(model, batch, hooked, optimizer, precision=precision)
+        found = optimized(model, batch, hooked, optimizer, precision=precision, instead=instead, attack=attack)
     return found
 
 
@@ -47,10 +55,15 @@ def optimized(
     optimizer: torch.optim.Optimizer,
     *,
     precision: torch.dtype | None,
+    instead: Defense | None,
+    attack: Perturb,
 ) -> tuple[Tensor, Tensor]:
     """Do one optimizer step on a batch and return (loss, number of right predictions) as tensors on the device."""
     with autocast(batch.x.device.type, precision):
-        perturb(batch, hooked)
+        for defense, step in hooked:
+            if is_adversarial(defense) and step.ramp > 0:
+                found = attack(instead or defense, batch, step)
+                batch.x_adv = batch.x_adv if found is None else found.detach()
         forward = Forward(model, batch, lambda forward: main_loss(batch, forward, hooked))
         with ExitStack() as stack:
             for defense, step in hooked:
@@ -75,12 +88,9 @@ def ramped(hooked: Hooked) -> Hooked:
     ]
 
 
-def perturb(batch: Batch, hooked: Hooked) -> None:
-    """Set `batch.x_adv` to what the owner of `perturb` finds; nothing is perturbed while eps is 0."""
-    for defense, step in hooked:
-        found = defense.perturb(batch, step) if step.ramp > 0 else None
-        if found is not None:
-            batch.x_adv = found.detach()
+def plain_perturb(defense: Defense, batch: Batch, step: Step) -> Tensor | None:
+    """Return what the defense's perturb returns."""
+    return defense.perturb(batch, step)
 
 
 def autocast(device_type: str, precision: torch.dtype | None) -> AbstractContextManager[object]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustkit import registry
 from robustkit.attacks.threat import Threat
 from robustkit.checkpoint import StateFile
 from robustkit.data.load import load_dataset
@@ -200,27 +199,30 @@ def test_a_switch_is_not_forgotten_on_resume(
     assert resumed.flags == straight.flags
 
 
+def four_filters(data: Dataset) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 28 * 28, 10)]
+    return Normalized(nn.Sequential(*layers), list(data.mean), list(data.std))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guards", [False, True])
-def test_single_steps_from_the_image_collapse_and_noise_saves_them(guards: bool) -> None:
-    """The real thing: a step of FGSM on digits at an eps that it cannot hold."""
-    data = load_dataset(use("digits", size=16))
-    torch.manual_seed(0)
-    small = registry.load(registry.find("model", "small_cnn"))
-    model = Normalized(small((1, 16, 16), 10, [32, 64]), [0.3], [0.4])
+def test_single_steps_from_the_image_collapse_and_noise_saves_them(guards: bool, fashion_mnist_root: Path) -> None:
+    """The real thing: FGSM without noise on a network of four filters, at an eps that it cannot hold."""
+    data = load_dataset(use("fashion_mnist", root=str(fashion_mnist_root), limit=5000))
     found = train(
-        data, [("fgsm#1", Fgsm())], model=model, threat=Threat("linf", 0.15), epochs=25, guards=guards,
-        optimizer=use("sgd", lr=0.2, momentum=0.9), schedule=use("one_cycle"),
+        data, [("fgsm#1", Fgsm())], model=four_filters(data), threat=Threat("linf", 0.15), epochs=12, guards=guards,
+        optimizer=use("adam", lr=3e-3),
     )  # fmt: skip
     robust = [row.robust or 0.0 for row in found.epochs]
-    assert len(robust) == 25
-    assert max(robust) > 0.05, "there was something to lose"
-    if not guards:
-        assert robust[-1] < 0.6 * max(robust)
-        assert (found.epochs[-1].single_step or 0) - robust[-1] > 0.2
+    assert len(robust) == 12
+    assert max(robust) > 0.4, "there was something to lose"
+    if guards:
+        assert [flag.id for flag in found.flags] == ["catastrophic-overfitting"]
+        assert robust[-1] > 0.4
     else:
-        assert {flag.id for flag in found.flags} >= {"catastrophic-overfitting"}
-        assert robust[-1] > 0.6 * max(robust)
+        assert robust[-1] < 0.1
+        assert (found.epochs[-1].single_step or 0) > 0.5, "and training believes that all is well"
 
 
 def test_the_margin_decides_between_epochs_of_equal_attacked_accuracy(

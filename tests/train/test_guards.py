@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import robustkit
 from robustkit.attacks.threat import Threat
 from robustkit.checkpoint import StateFile
 from robustkit.data.load import load_dataset
@@ -19,6 +22,7 @@ from robustkit.defenses.curriculum import Curriculum
 from robustkit.defenses.free import FreeTraining
 from robustkit.defenses.single_step import Fgsm
 from robustkit.errors import RecipeError, TrainingError
+from robustkit.models.artefact import load_model
 from robustkit.models.normalized import Normalized
 from robustkit.params import parse_duration
 from robustkit.recipe.plan import make_plan
@@ -32,6 +36,7 @@ from robustkit.train.loop import Fitted, fit
 from robustkit.train.overfitting import overfitting_flags
 from robustkit.train.switch import substitutes
 from robustkit.train.validate import Attacked
+from robustkit.workbench import SUBSET_SEED
 
 CPU = torch.device("cpu")
 Events = list[tuple[str, Mapping[str, Any]]]
@@ -257,6 +262,39 @@ def test_best_and_last_are_both_kept_where_training_overfits(digits: Dataset, mo
     assert [flag.id for flag in found.flags] == ["robust-overfitting"]
     weights = found.model.state_dict()
     assert any(not torch.equal(value, weights[name]) for name, value in found.last_state.items())
+
+
+OVERFITS = """\
+data: {digits: {limit: 300}}
+model: {small_cnn: {widths: [4, 8]}}
+threat: {norm: linf, eps: 0.05}
+train: {epochs: 2, batch_size: 64, optimizer: {sgd: {lr: 0.1}}, precision: fp32}
+variants: {baseline: , robust: {defenses: [fgsm]}}
+evaluate: {examples: 60, attacks: [noise], latency: false, gallery: 0}
+"""
+
+
+def test_a_run_measures_best_and_last_on_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, (0.6, 0.7), (0.5, 0.6))
+    (tmp_path / "recipe.yaml").write_text(OVERFITS)
+    found = robustkit.run(tmp_path / "recipe.yaml", runs=tmp_path / "runs")
+    baseline, robust = found.variants
+    folder = tmp_path / "runs" / "recipe"
+    assert not [flag for flag in baseline.flags if flag.id == "best-and-last"]
+    (flag,) = [flag for flag in robust.flags if flag.id == "best-and-last"]
+    data = load_dataset(use("digits", limit=300))
+    order = np.random.default_rng(SUBSET_SEED).permutation(len(data.test))[:60]
+    images, labels = data.test.images[order].float() / 255, data.test.labels[order]
+    (made,) = [path.parent for path in folder.glob("steps/*/last.safetensors") if _of(path) == "robust"]
+    for which, name in (("best (epoch 1)", "model.safetensors"), ("last (epoch 2)", "last.safetensors")):
+        accuracy = (load_model(made / name)(images).argmax(1) == labels).double().mean()
+        assert f"{which} {accuracy:.1%} clean, " in flag.message
+    assert flag.message in (folder / "report.md").read_text()
+
+
+def _of(path: Path) -> str:
+    record = json.loads((path.parent / "record.json").read_text())
+    return str(record["variant"])
 
 
 def stuck(digits: Dataset, guards: bool) -> Fitted:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robustkit import registry
 from robustkit.attacks.threat import Threat
 from robustkit.data.augment import Augmentation
-from robustkit.data.batches import epoch_order, resident, training_batches
+from robustkit.data.batches import Sample, epoch_order, resident, training_batches
 from robustkit.data.split import Dataset, Split
 from robustkit.errors import TrainingError
 from robustkit.recipe.spec import TrainSpec
@@ -249,39 +249,49 @@ class _Run:
             generator,
             memory_limit=self.spec.memory_limit,
         )
-        for number, (x, y, index) in enumerate(batches, 1):
-            progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
-            self._set_lr(progress, state)
-            batch = Batch(x.contiguous(memory_format=self.layout), y, index, self.classes)
-            length = 1 / (steps * self.spec.epochs)
-            ramp = state.guards.ramp(progress)
-            at = (self.model, state.epoch, self.spec.epochs, progress, self.threat.scaled(ramp))
-            hooked = [
-                (defense, Step(*at, own[label], length, ramp, label.partition("#")[0]))
-                for label, defense in self.defenses
-            ]
-            loss, hits = train_step(
-                self.runner,
-                batch,
-                hooked,
-                self.optimizer,
-                precision=self.precision,
-                instead=self.ladder[state.guards.switches - 1].defense if state.guards.switches else None,
-                audit=number == 1 and self.spec.guards,
-            )
+        for number, sample in enumerate(batches, 1):
+            loss, hits = self._step(state, sample, number, steps, own)
+            y = sample[1]
             total += loss * len(y)
             right += hits
             seen += len(y)
-            late = self.clock.tick((self.spec.epochs - state.epoch) * steps - number, total.item)
-            if late is not None:
-                state.notes.append(late)
-                self.on_event("warning", {"message": late})
+            self._project((self.spec.epochs - state.epoch) * steps - number, total, state)
             if number % CHECK_EVERY == 0 and not bool(torch.isfinite(total)):
                 break
             if time.perf_counter() - shown > SHOW_EVERY:
                 shown = time.perf_counter()
                 self.on_event("step", {"epoch": state.epoch, "step": number, "steps": steps})
         return float(total) / max(1, seen), int(right) / max(1, seen)
+
+    def _step(
+        self, state: TrainingState, sample: Sample, number: int, steps: int, own: dict[str, torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """Train on the batch of this number (from 1) of an epoch of so many steps; `own`: each defense's generator."""
+        x, y, index = sample
+        progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
+        self._set_lr(progress, state)
+        ramp = state.guards.ramp(progress)
+        at = (self.model, state.epoch, self.spec.epochs, progress, self.threat.scaled(ramp))
+        length = 1 / (steps * self.spec.epochs)
+        return train_step(
+            self.runner,
+            Batch(x.contiguous(memory_format=self.layout), y, index, self.classes),
+            [
+                (defense, Step(*at, own[label], length, ramp, label.partition("#")[0]))
+                for label, defense in self.defenses
+            ],
+            self.optimizer,
+            precision=self.precision,
+            instead=self.ladder[state.guards.switches - 1].defense if state.guards.switches else None,
+            audit=number == 1 and self.spec.guards,
+        )
+
+    def _project(self, left: int, total: Tensor, state: TrainingState) -> None:
+        """Count a step for the clock, and say so where the training will end too late."""
+        late = self.clock.tick(left, total.item)
+        if late is not None:
+            state.notes.append(late)
+            self.on_event("warning", {"message": late})
 
     def _set_lr(self, progress: float, state: TrainingState) -> None:
         factor = self.schedule.factor(progress, state.epoch) * state.guards.lr_scale

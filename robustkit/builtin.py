@@ -52,7 +52,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "ensemble_training": "robustkit.defenses.ensemble:EnsembleTraining",
         "trades": "robustkit.defenses.adversarial:Trades",
         "mart": "robustkit.defenses.mart:Mart",
-        "awp": "robustkit.defenses.weights:Awp",
+        "awp": "robustkit.defenses.awp:Awp",
         "grad_align": "robustkit.defenses.alignment:GradAlign",
         "curriculum": "robustkit.defenses.curriculum:Curriculum",
     },

@@ -18,13 +18,13 @@ from robustkit.attacks.threat import Threat
 from robustkit.data.split import Split
 from robustkit.defenses.adversarial import NFgsm, PgdTraining, Trades, trades_loss
 from robustkit.defenses.alignment import GradAlign, cosine, misalignment
+from robustkit.defenses.awp import Awp, weight_perturbation
 from robustkit.defenses.curriculum import Curriculum, grown
 from robustkit.defenses.ensemble import EnsembleTraining, ensemble_loss
 from robustkit.defenses.free import FreeTraining, free_update
 from robustkit.defenses.inner import random_start
 from robustkit.defenses.mart import Mart, log_other, mart_loss
 from robustkit.defenses.single_step import Fgsm, FgsmRs, fgsm_examples, fgsm_rs_examples
-from robustkit.defenses.weights import Awp, weight_perturbation
 from robustkit.train.hooks import Batch, DataContext, Defense, EpochReport, Forward, Step
 from robustkit.train.step import train_step
 

@@ -18,6 +18,7 @@ from robustkit.checkpoint import StateFile
 from robustkit.data.load import load_dataset
 from robustkit.data.split import Dataset
 from robustkit.defenses.adversarial import NFgsm, PgdTraining, Trades
+from robustkit.defenses.alignment import GradAlign
 from robustkit.defenses.curriculum import Curriculum
 from robustkit.defenses.free import FreeTraining
 from robustkit.defenses.single_step import Fgsm
@@ -228,6 +229,16 @@ def test_single_steps_from_the_image_collapse_and_noise_saves_them(guards: bool,
     else:
         assert robust[-1] < 0.1
         assert (found.epochs[-1].single_step or 0) > 0.5, "and training believes that all is well"
+
+
+@pytest.mark.slow
+def test_aligned_gradients_keep_single_steps_from_collapsing(fashion_mnist_root: Path) -> None:
+    data = load_dataset(use("fashion_mnist", root=str(fashion_mnist_root), limit=5000))
+    found = train(
+        data, [("fgsm#1", Fgsm()), ("grad_align#1", GradAlign())], model=four_filters(data),
+        threat=Threat("linf", 0.15), epochs=8, guards=False, optimizer=use("adam", lr=3e-3),
+    )  # fmt: skip
+    assert min(row.robust or 0.0 for row in found.epochs[2:]) > 0.4, "without it: under 0.1 from the sixth epoch on"
 
 
 def test_the_margin_decides_between_epochs_of_equal_attacked_accuracy(

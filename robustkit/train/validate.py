@@ -65,6 +65,8 @@ def robust_accuracy(model: nn.Module, split: Split, threat: Threat, device: torc
         single = pgd_examples(model, x, y, threat, steps=1, alpha=eps, generator=generator, start=False)
         with attack_mode(model), torch.no_grad():
             attacked, stepped = model(many).float(), model(single)
-        found = [attacked.argmax(1) == y, stepped.argmax(1) == y, margin(attacked.softmax(1), y)]
+        # Rounding takes a probability past 1, and weights that are not finite give none: that is as bad as can be.
+        margins = margin(attacked.softmax(1), y).nan_to_num(nan=1.0).clamp(-1, 1)
+        found = [attacked.argmax(1) == y, stepped.argmax(1) == y, margins]
         totals += torch.stack([one.to(torch.float64).sum() for one in found])
     return Attacked(*(totals / max(1, len(split))).tolist())

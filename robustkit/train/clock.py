@@ -29,9 +29,9 @@ class Clock:
         self._begun = 0.0
 
     def tick(self, left: int, wait: Callable[[], object]) -> str | None:
-        """Count a step, with `left` more to come; `wait` waits for the device, once."""
+        """Count a step, with `left` more to come; `wait` waits for the device, which is done twice."""
         self._count += 1
-        if self._count == 1 or (self._count == MEASURED and MEASURED > 1):
+        if self._count in (1, MEASURED):
             wait()
         if self._count == 1:
             self._begun = self._now()

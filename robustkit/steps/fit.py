@@ -18,11 +18,12 @@ from robustkit.models.build import build_model
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
-from robustkit.steps.last import LAST
 from robustkit.store import STATE
 from robustkit.train.hooks import Defense, owned_hooks
 from robustkit.train.loop import fit
 from robustkit.workbench import MODEL, Workbench, threat_of
+
+LAST = "last.safetensors"
 
 
 def fit_step(bench: Workbench, step: Step) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 _PLAIN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_DURATION = re.compile(r"(?:(\d+\.?\d*)h)?\s*(?:(\d+\.?\d*)m)?\s*(?:(\d+\.?\d*)s)?")
 _NUMBER = re.compile(rf"({_PLAIN})(?:\s*/\s*({_PLAIN}))?\s*(%)?")
 
 
@@ -57,6 +58,23 @@ def _eps_hint(value: object) -> object:
     return number
 
 
+def parse_duration(text: str) -> float | None:
+    """Return the seconds that `25m`, `1h30m` or `90s` stand for; None for anything else."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or not any(match.groups()):
+        return None
+    return sum(float(value) * unit for value, unit in zip(match.groups(), (3600, 60, 1), strict=True) if value)
+
+
+def _to_seconds(value: object) -> object:
+    found = parse_duration(value) if isinstance(value, str) else None
+    if found is not None:
+        return found
+    if isinstance(value, str) and parse_number(value) is None:
+        raise ValueError(f"{value!r} is not a duration; write seconds, or 25m, 1h30m, 90s")
+    return _to_number(value)
+
+
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
 Integer = Annotated[int, BeforeValidator(_to_integer), Field(strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_fraction_hint)]
@@ -66,6 +84,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidat
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_to_number)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True), BeforeValidator(_to_integer)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_to_integer)]
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_to_seconds)]
 PathStr = Annotated[str, Field(min_length=1)]
 Schedule = Literal["one_shot", "cubic"]
 """How a pruning method reaches its sparsity: at once, or along Zhu and Gupta's cubic schedule."""

@@ -235,6 +235,8 @@ class EpochRow(Record):
     test_accuracy: Share | None = None
     single_step: Share | None = None
     """Accuracy on the validation split under one step, beside `robust` under many: a gap is a collapse."""
+    margin: Difference | None = None
+    """Mean margin beside `robust`: the best wrong class's probability minus the right one's; lower is better."""
     lr: float | None = None
     """Learning rate of the first parameter group at the epoch's end."""
     seconds: Amount = 0.0

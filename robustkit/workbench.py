@@ -86,9 +86,9 @@ class Workbench:
             self._model = (key, self.load(key))
         return self._model[1]
 
-    def load(self, key: str) -> nn.Module:
-        """Return a fresh copy of the stored model of a fit step, in eval mode on the device."""
-        path = self.store.step(key) / MODEL
+    def load(self, key: str, name: str = MODEL) -> nn.Module:
+        """Return a fresh copy of a stored model of a fit step, in eval mode on the device."""
+        path = self.store.step(key) / name
         model = load_model(path, folder=self.recipe.folder, plugins=self.recipe.plugins, trust_plugins=True)
         return model.to(self.device).eval()
 

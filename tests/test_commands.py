@@ -155,6 +155,9 @@ def test_lines_of_a_run_that_is_piped() -> None:
         }
         show("epoch", {**step, **epoch})
         show("guard", {**step, "message": "went back"})
+        show("projection", {**step, "seconds": 3.0, "limit": None})
+        show("projection", {**step, "seconds": 3700.0, "limit": 60.0})
+        show("warning", {**step, "message": "too long"})
         show("done", {**step, "kind": "fit", "seconds": 3})
         show("start", {**step, "kind": "attack", "description": "square"})
         cost = {"passes": 934.0, "seconds": 75.0, "autoattack_passes": 9767.0, "autoattack_seconds": 790.2}
@@ -169,6 +172,8 @@ def test_lines_of_a_run_that_is_piped() -> None:
         "tiny: 12 steps, 3 done before",
         "robust epoch 1/3 loss 1.250 train 50.0% clean(val) 75.0% robust(val) 25.0% 1:02 left",
         "robust guard: went back",
+        "robust training takes about 1:01:40",
+        "warning: robust: too long",
         "robust made in 3.0 s",
         "robust attack square: at most 934 passes an example, 1:15 if none is fooled (AutoAttack: 9,767, 13:10)",
         "robust attack square in 1:01",

@@ -103,8 +103,13 @@ class Display:
     def _on_data(self, values: Mapping[str, Any]) -> None:
         self._line(f"  {self._name(values):28} data: {values.get('message', '')}")
 
+    def _on_projection(self, values: Mapping[str, Any]) -> None:
+        if values["seconds"] >= 60:
+            self._line(f"  {self._name(values):28} training takes about {_clock(values['seconds'])}")
+
     def _on_warning(self, values: Mapping[str, Any]) -> None:
-        self._line(f"  warning: {values['message']}", style="yellow")
+        whose = f"{values['variant']}: " if values.get("variant") else ""
+        self._line(f"  warning: {whose}{values['message']}", style="yellow")
 
     def _name(self, values: Mapping[str, Any]) -> str:
         return str(values.get("variant") or values.get("kind") or "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustkit.attacks.threat import Threat
+from robustkit.defenses.budget import checked_alpha, require_norm, step_length, target_of, warmed
 from robustkit.defenses.inner import kl_divergence, n_fgsm_examples, pgd_examples, trades_examples
 from robustkit.errors import UsageError
 from robustkit.params import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -23,12 +23,6 @@ def trades_loss(clean: Tensor, adversarial: Tensor, target: Tensor, beta: float)
     """
     natural = F.cross_entropy(clean.float(), target, reduction="none")
     return natural + beta * kl_divergence(clean, adversarial)
-
-
-def warmed(threat: Threat, progress: float, warmup: float) -> tuple[Threat, float]:
-    """Return the threat with eps grown linearly over the first `warmup` share of training, and that factor."""
-    ramp = min(1.0, progress / warmup) if warmup > 0 else 1.0
-    return Threat(threat.norm, threat.eps * ramp), ramp
 
 
 @dataclass(frozen=True)
@@ -52,15 +46,15 @@ class PgdTraining(Defense):
 
     def perturb(self, batch: Batch, step: Step) -> Tensor:
         """Return the images (N, C, H, W) that the inner maximisation found, inside ball and box."""
-        _require("pgd_training", step.threat, ("linf", "l2"))
-        threat, ramp = warmed(step.threat, step.progress, self.warmup)
+        require_norm("pgd_training", step.threat, ("linf", "l2"))
+        threat, ramp = warmed(step, self.warmup)
         return pgd_examples(
             step.model,
             batch.x,
-            batch.y if self.loss == "margin" else _target(batch),
+            batch.y if self.loss == "margin" else target_of(batch),
             threat,
             steps=self.steps,
-            alpha=_alpha("pgd_training", self.alpha, ramp, step.threat, self.steps),
+            alpha=step_length("pgd_training", self.alpha, 2.5 / self.steps, threat, ramp),
             generator=step.generator,
             restarts=self.restarts,
             start=self.random_start,
@@ -86,18 +80,23 @@ class NFgsm(Defense):
 
     def perturb(self, batch: Batch, step: Step) -> Tensor:
         """Return the images (N, C, H, W): in the box and within noise * eps + alpha of the originals."""
-        _require("n_fgsm", step.threat, ("linf",))
-        threat, ramp = warmed(step.threat, step.progress, self.warmup)
-        alpha = threat.eps_for(batch.x) if self.alpha is None else _checked("n_fgsm", self.alpha) * ramp
+        require_norm("n_fgsm", step.threat, ("linf",))
+        threat, ramp = warmed(step, self.warmup)
+        alpha = threat.eps_for(batch.x) if self.alpha is None else checked_alpha("n_fgsm", self.alpha) * ramp
         return n_fgsm_examples(
             step.model,
             batch.x,
-            _target(batch),
+            target_of(batch),
             threat.eps,
             alpha=alpha,
             noise=self.noise,
             generator=step.generator,
         )
+
+    def budget(self, threat: Threat) -> float:
+        """Return noise * eps + alpha: the noise and the step are not clipped."""
+        eps = float(threat.eps)
+        return self.noise * eps + (eps if self.alpha is None else self.alpha)
 
     def ready(self, step: Step) -> bool:
         """Say that no checkpoint may be selected while eps still grows."""
@@ -119,41 +118,15 @@ class Trades(Defense):
 
     def perturb(self, batch: Batch, step: Step) -> Tensor:
         """Return the images (N, C, H, W) whose predictions are furthest from the clean ones, inside ball and box."""
-        _require("trades", step.threat, ("linf", "l2"))
-        threat, ramp = warmed(step.threat, step.progress, self.warmup)
-        alpha = _alpha("trades", self.alpha, ramp, step.threat, self.steps)
+        require_norm("trades", step.threat, ("linf", "l2"))
+        threat, ramp = warmed(step, self.warmup)
+        alpha = step_length("trades", self.alpha, 2.5 / self.steps, threat, ramp)
         return trades_examples(step.model, batch.x, threat, steps=self.steps, alpha=alpha, generator=step.generator)
 
     def objective(self, batch: Batch, forward: Forward, step: Step) -> Tensor:
         """Return the loss of each example (N,)."""
-        return trades_loss(forward.clean(), forward.adversarial(), _target(batch), self.beta)
+        return trades_loss(forward.clean(), forward.adversarial(), target_of(batch), self.beta)
 
     def ready(self, step: Step) -> bool:
         """Say that no checkpoint may be selected while eps still grows."""
         return step.progress >= self.warmup
-
-
-def _target(batch: Batch) -> Tensor:
-    return batch.y if batch.target is None else batch.target
-
-
-def _require(name: str, threat: Threat, norms: Sequence[str]) -> None:
-    if threat.norm not in norms:
-        raise UsageError(
-            f"{name} trains against {' or '.join(norms)}, and the threat is {threat.norm}: "
-            f"change `threat: norm`, or use {'pgd_training' if name == 'n_fgsm' else 'another defense'}"
-        )
-
-
-def _alpha(name: str, alpha: float | None, ramp: float, threat: Threat, steps: int) -> float:
-    if alpha is not None:
-        return (_checked(name, alpha) if threat.norm == "linf" else alpha) * ramp
-    if not isinstance(threat.eps, int | float):
-        raise UsageError(f"{name}: alpha must be given where eps is one per example")
-    return 2.5 * threat.eps * ramp / steps
-
-
-def _checked(name: str, alpha: float) -> float:
-    if alpha > 1:
-        raise UsageError(f"{name}: alpha is in [0, 1] pixel units: {alpha:g} was probably meant as {alpha:g}/255")
-    return alpha

@@ -12,8 +12,8 @@ from robustkit.evaluation.compare import ONE_STEP, group_of
 from robustkit.recipe.spec import Recipe, Use
 from robustkit.results import Curve, Flag
 
-SINGLE_STEP = "n_fgsm"
-MANY_STEPS = frozenset({"pgd_training", "trades"})
+SINGLE_STEP = frozenset({"ensemble_training", "fgsm", "fgsm_rs", "free", "n_fgsm"})
+MANY_STEPS = frozenset({"mart", "pgd_training", "trades"})
 PLAIN_PGD = frozenset({"pgd", "torchattacks.PGD", "torchattacks.PGDL2", "torchattacks.BIM"})
 Parameter = Callable[[registry.Kind, Use, str], object]
 """(kind, use, parameter) -> its value in the recipe, else its default, else None."""
@@ -39,7 +39,7 @@ def trained_steps(defenses: Iterable[Use], parameter: Parameter) -> int:
     """Return how many steps the adversarial training took for an image; 0 where there was none."""
     found = [0]
     for use in defenses:
-        if use.name == SINGLE_STEP:
+        if use.name in SINGLE_STEP:
             found.append(1)
         elif use.name in MANY_STEPS:
             found.append(_number(parameter("defense", use, "steps")))

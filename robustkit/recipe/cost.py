@@ -15,6 +15,17 @@ STANDARD_STEP = 3.0
 TORCHATTACKS = "torchattacks."
 STEP_NAMES = ("steps", "n_queries", "max_iterations", "nb_iter", "num_iter_set", "tries")
 """What attacks of users' own may call their steps."""
+INNER = {
+    "fgsm": 2.0,
+    "fgsm_rs": 2.0,
+    "n_fgsm": 2.0,
+    "ensemble_training": 2.0 + STANDARD_STEP,
+    "awp": STANDARD_STEP,
+    "grad_align": 15.0,
+}
+"""What a defense adds to a step; of grad_align two gradients and the backward through them, as measured."""
+TWICE = frozenset({"trades", "mart"})
+"""What trains on both the clean and the adversarial image."""
 CURVE = 22.0 + 5.0
 """Each eps of the security curve: 10 steps of pgd, 4 tries of noise."""
 CHECKS = 203.0 + 271.0 + 42.0
@@ -48,18 +59,18 @@ def training_passes(variant: VariantSpec, parameter: Parameter) -> float:
     if variant.train is None:
         return 0.0
     inner = sum(_inner_passes(use, parameter) for use in variant.defenses)
-    return variant.train.epochs * (STANDARD_STEP + inner)
+    replays = [_number(parameter("defense", use, "replay")) for use in variant.defenses if use.name == "free"]
+    return variant.train.epochs * (STANDARD_STEP + inner) * max([1.0, *replays])
 
 
 def _inner_passes(use: Use, parameter: Parameter) -> float:
-    if use.name == "n_fgsm":
-        return 2.0
+    if use.name in INNER:
+        return INNER[use.name]
     steps = _number(parameter("defense", use, "steps"))
     if not steps:
         return 0.0
     restarts = _number(parameter("defense", use, "restarts")) or 1.0
-    # TRADES trains on both the clean and the adversarial image.
-    return 2.0 * steps * restarts + (STANDARD_STEP if use.name == "trades" else 0.0)
+    return 2.0 * steps * restarts + (STANDARD_STEP if use.name in TWICE else 0.0)
 
 
 def attack_passes(recipe: Recipe, parameter: Parameter) -> float:

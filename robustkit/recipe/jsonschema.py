@@ -21,6 +21,7 @@ def recipe_schema() -> dict[str, Any]:
             "compile": {"type": "boolean"},
             "memory_limit": {"type": "integer"},
             "guards": {"type": "boolean"},
+            "time_limit": NUMBER,
             "monitor_test": {"type": "boolean"},
             "optimizer": _use("optimizer"),
             "schedule": _use("schedule"),

@@ -16,6 +16,12 @@ from robustkit.recipe.spec import ThreatSpec, Use, VariantSpec
 from robustkit.registry import TORCHATTACKS
 
 DEFENSE_NORMS: dict[str, tuple[str, ...]] = {
+    "ensemble_training": ("linf", "l2"),
+    "fgsm": ("linf", "l2"),
+    "fgsm_rs": ("linf",),
+    "free": ("linf", "l2"),
+    "grad_align": ("linf", "l2"),
+    "mart": ("linf", "l2"),
     "n_fgsm": ("linf",),
     "pgd_training": ("linf", "l2"),
     "trades": ("linf", "l2"),
@@ -62,22 +68,29 @@ def check_attacks(reader: Reader, path: PathTuple, attacks: Iterable[Use], threa
 
 
 def check_defenses(reader: Reader, variants: Iterable[VariantSpec]) -> None:
-    """Note each defense that cannot train under its variant's norm: once, where the two first meet."""
+    """Note each defense that cannot train under its variant's threat: once, where the two first meet."""
     told: set[tuple[str, str, str]] = set()
     for variant in variants:
         norm = variant.threat.norm
         for use in variant.defenses:
-            norms = DEFENSE_NORMS.get(use.name) or _declared(reader, "defense", use)
-            inherited = (variant.parent or "", use.label, norm) in told
-            if not norms or norm in norms or variant.train is None:
+            message, hint, parameter = _unfit(reader, use, norm)
+            if message is None or variant.train is None:
                 continue
             told.add((variant.label, use.label, norm))
-            if not inherited:
-                reader.problem(
-                    _meeting(reader, variant, use),
-                    f"{use.name} trains against {' or '.join(norms)}; the threat is {norm}",
-                    "use pgd_training" if norm in DEFENSE_NORMS["pgd_training"] else "change the threat's norm",
-                )
+            if (variant.parent or "", use.label, norm) not in told:
+                reader.problem(_meeting(reader, variant, use, parameter), message, hint)
+
+
+def _unfit(reader: Reader, use: Use, norm: str) -> tuple[str | None, str | None, str | None]:
+    """Return why a defense cannot train under a norm, what to do, and the parameter that is wrong; Nones if it can."""
+    norms = DEFENSE_NORMS.get(use.name) or _declared(reader, "defense", use)
+    if norms and norm not in norms:
+        hint = "use pgd_training" if norm in DEFENSE_NORMS["pgd_training"] else "change the threat's norm"
+        return f"{use.name} trains against {' or '.join(norms)}; the threat is {norm}", hint, None
+    alpha = use.parameters.get("alpha")
+    if use.name in DEFENSE_NORMS and norm == "linf" and isinstance(alpha, int | float) and alpha > 1:
+        return f"alpha is in [0, 1] pixel units, not {alpha:g}", f"did you mean {alpha:g}/255?", "alpha"
+    return None, None, None
 
 
 def _declared(reader: Reader, kind: Literal["attack", "defense"], use: Use) -> tuple[str, ...]:
@@ -87,12 +100,13 @@ def _declared(reader: Reader, kind: Literal["attack", "defense"], use: Use) -> t
     return ()
 
 
-def _meeting(reader: Reader, variant: VariantSpec, use: Use) -> PathTuple:
-    """Return where a variant names a defense, or else the threat that it is to hold against."""
+def _meeting(reader: Reader, variant: VariantSpec, use: Use, parameter: str | None = None) -> PathTuple:
+    """Return where a variant names a defense and its parameter, or else the threat that it is to hold against."""
     path = ("variants", _written(reader, variant.label))
     given = _at(reader, path)
     if isinstance(given, dict) and given.get("defenses"):
-        return (*path, "defenses", *_position(reader, (*path, "defenses"), use))
+        place = _position(reader, (*path, "defenses"), use)
+        return (*path, "defenses", *place, *((use.name, parameter) if place and parameter else ()))
     return (*path, "threat") if isinstance(given, dict) and given.get("threat") else path
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from robustkit.params import Fraction, NonNegativeFloat, Number, PositiveFloat, PositiveInt
+from robustkit.params import Duration, Fraction, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import Norm, NormalizeSpec, ThreatSpec
@@ -43,6 +43,7 @@ class TrainInput(Plain):
     compile: bool | None = None
     memory_limit: PositiveInt | None = None
     guards: bool | None = None
+    time_limit: Duration | None = None
     monitor_test: bool | None = None
 
 

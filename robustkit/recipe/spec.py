@@ -47,6 +47,8 @@ class TrainSpec(Spec):
     compile: bool = False
     memory_limit: int | None = None
     guards: bool = True
+    time_limit: float | None = None
+    """Seconds that the training may take: beyond them there is a warning, and nothing else changes."""
     monitor_test: bool = False
     """Measure loss and accuracy on the test split after each epoch too; nothing is chosen by them."""
 

@@ -204,6 +204,18 @@ def _check_exclusive(reader: Reader, draft: Draft, defenses: tuple[Use, ...]) ->
                     "keep one, or make two variants",
                 )
             owners[hook] = use.label
+    curricula = [use.label for use in defenses if use.name == "curriculum"]
+    if curricula and "perturb" not in owners and not any(_is_own(reader, use) for use in defenses):
+        message = "curriculum grows the eps of adversarial training, and no defense here perturbs"
+        reader.problem((*draft.path, "defenses"), message, "add n_fgsm or pgd_training, or drop it")
+
+
+def _is_own(reader: Reader, use: Use) -> bool:
+    """Say whether a defense is not built in: its source may hide what it owns."""
+    try:
+        return registry.find("defense", use.name, folder=reader.folder, plugins=reader.plugins).origin != "builtin"
+    except UsageError:
+        return True
 
 
 def _check_parted(reader: Reader, draft: Draft, parent: VariantSpec | None, defenses: tuple[Use, ...]) -> None:

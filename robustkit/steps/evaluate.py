@@ -24,6 +24,7 @@ from robustkit.recipe.facts import facts_of
 from robustkit.recipe.plan import Step
 from robustkit.recipe.spec import Use
 from robustkit.seeding import derive_seed
+from robustkit.steps.last import best_and_last
 from robustkit.store import Partial
 from robustkit.workbench import MODEL, Workbench, threat_of
 
@@ -235,7 +236,9 @@ def checks_step(bench: Workbench, step: Step) -> None:
         compressed=bool(recipe.variant(step.variant).compress),
         one_step=trained_steps(training_of(recipe, step.variant), default_of) == 1,
     )
-    bench.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags]})
+    kept = best_and_last(bench, step)
+    flags += kept.pop("flags", [])
+    bench.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags], **kept})
 
 
 def latency_step(bench: Workbench, step: Step) -> None:

@@ -13,6 +13,8 @@ Verdict = Literal["ok", "diverged", "stuck", "collapsed", "rolled-back"]
 
 MAX_ROLLBACKS = 3
 MAX_RESTARTS = 2
+WARM_SHARE = 0.3
+"""Share of a training over which a second new start lets eps grow; a third one trains on clean images before."""
 STUCK_LOSS = 0.98
 STUCK_MARGIN = 0.02
 STUCK_SHARE = 0.20
@@ -33,6 +35,8 @@ class Guards:
     rollbacks: int = 0
     restarts: int = 0
     lr_scale: float = 1.0
+    switches: int = 0
+    """How often another attack has taken the place of one that collapsed."""
     collapsed_at: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -47,12 +51,30 @@ class Guards:
             return "collapsed"
         return "ok"
 
+    @property
+    def max_restarts(self) -> int:
+        """How many new starts there are: one more where eps can be held back for longer."""
+        return MAX_RESTARTS + self.adversarial
+
+    @property
+    def attempt(self) -> int:
+        """A number that differs between two trainings of one epoch, so that they draw different numbers."""
+        return self.rollbacks + self.restarts + self.switches
+
+    def ramp(self, progress: float) -> float:
+        """Return the share of eps that new starts leave to adversarial training at a share of training that is done."""
+        held = max(0, self.restarts - 1)
+        if not self.adversarial or not held:
+            return 1.0
+        return min(1.0, max(0.0, progress / WARM_SHARE - (held - 1)))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the counters."""
         return {
             "rollbacks": self.rollbacks,
             "restarts": self.restarts,
             "lr_scale": self.lr_scale,
+            "switches": self.switches,
             "collapsed_at": self.collapsed_at,
             "history": self.history,
         }
@@ -62,6 +84,7 @@ class Guards:
         self.rollbacks = int(state["rollbacks"])
         self.restarts = int(state["restarts"])
         self.lr_scale = float(state["lr_scale"])
+        self.switches = int(state["switches"])
         self.collapsed_at = state["collapsed_at"]
         self.history = list(state["history"])
 

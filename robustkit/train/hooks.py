@@ -59,6 +59,10 @@ class Step:
     generator: torch.Generator
     length: float = 0.0
     """Share of the training that this step is; 0 between steps."""
+    ramp: float = 1.0
+    """Share of the variant's eps that `threat` has in this step; below 1 while it still grows."""
+    label: str = ""
+    """The plugin's name, for messages."""
 
     @property
     def done(self) -> float:
@@ -72,6 +76,7 @@ class Forward:
 
     model: Callable[[Tensor], Tensor]
     batch: Batch
+    main: Callable[[Forward], Tensor] | None = None
     _memo: dict[str, Tensor] = field(default_factory=dict)
 
     def clean(self) -> Tensor:
@@ -83,6 +88,13 @@ class Forward:
         if self.batch.x_adv is None:
             return self.clean()
         return self._logits("adversarial", self.batch.x_adv)
+
+    def loss(self) -> Tensor:
+        """Return the main loss that this step lowers, a scalar with a graph: what around_step may climb (AWP, SAM)."""
+        if self.main is None:
+            target = self.batch.y if self.batch.target is None else self.batch.target
+            return nn.functional.cross_entropy(self.adversarial().float(), target)
+        return self.main(self)
 
     def _logits(self, key: str, x: Tensor) -> Tensor:
         if key not in self._memo:
@@ -154,6 +166,18 @@ class Defense:
     def sample_weights(self, labels: Tensor, context: DataContext) -> Tensor | None:
         """EXCLUSIVE. Return sampling weights (N,) for drawing with replacement, or None; after every prepare_data."""
         return None
+
+    def replays(self) -> int:
+        """Return how many optimizer steps each batch takes, from 1 on: free adversarial training."""
+        return 1
+
+    def ramp(self, step: Step) -> float:
+        """Return the share of the threat's eps to train at now, in [0, 1]: a curriculum. At 0 nothing is perturbed."""
+        return 1.0
+
+    def budget(self, threat: Threat) -> float:
+        """Return how far perturb may go, in the threat's norm; audited while training (`guards`)."""
+        return float(threat.eps)
 
     def transform_batch(self, batch: Batch, step: Step) -> Batch:
         """Change images or targets: mixup, cutmix, label smoothing."""

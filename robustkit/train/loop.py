@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from robustkit import registry
 from robustkit.attacks.threat import Threat
 from robustkit.data.augment import Augmentation
-from robustkit.data.batches import epoch_order, resident, training_batches
+from robustkit.data.batches import Sample, epoch_order, resident, training_batches
 from robustkit.data.split import Dataset
 from robustkit.errors import TrainingError, UsageError
 from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
+from robustkit.train.clock import Clock
 from robustkit.train.guards import Guards, Verdict
 from robustkit.train.hooks import Batch, Decision, EpochReport, Step, is_adversarial, owned_hooks
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
+from robustkit.train.overfitting import overfitting_flags
 from robustkit.train.prepare import prepare_data
 from robustkit.train.recovery import Recovery
 from robustkit.train.state import (
@@ -37,6 +39,7 @@ from robustkit.train.state import (
     weights_of,
 )
 from robustkit.train.step import train_step
+from robustkit.train.switch import substitutes
 from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy, robust_subset
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -122,6 +125,7 @@ class _Run:
         self.on_event, self.augment = on_event, augment
         self.classes = len(data.classes)
         self.adversarial = any(is_adversarial(defense) for _, defense in defenses)
+        self.ladder = substitutes(defenses, threat.norm)
         self.notes: list[str] = []
         prepared = prepare_data(data, defenses, seed=seed, key=key, device=device, log=self._log)
         self.train, self.weights = resident(prepared.train, device, spec.memory_limit), prepared.weights
@@ -166,7 +170,8 @@ class _Run:
         """Train to the end, from where the checkpoint left off."""
         state = self._start(checkpoint)
         good = snapshot(self.model, self.optimizer, self.defenses)
-        recovery = Recovery(self._put_back, self.initial, self.on_event)
+        recovery = Recovery(self._put_back, self.initial, self.on_event, self.ladder)
+        self.clock = Clock(self.spec.time_limit, state.seconds, self.on_event)
         while state.epoch < self.spec.epochs and not state.stopped:
             row = self._epoch(state)
             weights = weights_of(self._evaluated())
@@ -199,8 +204,7 @@ class _Run:
         restore(saved, self.model, self.optimizer, self.defenses)
 
     def _seed(self, label: str, state: TrainingState) -> int:
-        attempt = state.guards.rollbacks + state.guards.restarts
-        return derive_seed(self.seed, self.key, label, state.epoch, attempt)
+        return derive_seed(self.seed, self.key, label, state.epoch, state.guards.attempt)
 
     def _epoch(self, state: TrainingState) -> EpochRow:
         started = time.perf_counter()
@@ -235,25 +239,49 @@ class _Run:
             generator,
             memory_limit=self.spec.memory_limit,
         )
-        for number, (x, y, index) in enumerate(batches, 1):
-            progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
-            self._set_lr(progress, state)
-            batch = Batch(x.contiguous(memory_format=self.layout), y, index, self.classes)
-            length = 1 / (steps * self.spec.epochs)
-            hooked = [
-                (defense, Step(self.model, state.epoch, self.spec.epochs, progress, self.threat, own[label], length))
-                for label, defense in self.defenses
-            ]
-            loss, hits = train_step(self.runner, batch, hooked, self.optimizer, precision=self.precision)
+        for number, sample in enumerate(batches, 1):
+            loss, hits = self._step(state, sample, number, steps, own)
+            y = sample[1]
             total += loss * len(y)
             right += hits
             seen += len(y)
+            self._project((self.spec.epochs - state.epoch) * steps - number, total, state)
             if number % CHECK_EVERY == 0 and not bool(torch.isfinite(total)):
                 break
             if time.perf_counter() - shown > SHOW_EVERY:
                 shown = time.perf_counter()
                 self.on_event("step", {"epoch": state.epoch, "step": number, "steps": steps})
         return float(total) / max(1, seen), int(right) / max(1, seen)
+
+    def _step(
+        self, state: TrainingState, sample: Sample, number: int, steps: int, own: dict[str, torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """Train on the batch of this number (from 1) of an epoch of so many steps; `own`: each defense's generator."""
+        x, y, index = sample
+        progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
+        self._set_lr(progress, state)
+        ramp = state.guards.ramp(progress)
+        at = (self.model, state.epoch, self.spec.epochs, progress, self.threat.scaled(ramp))
+        length = 1 / (steps * self.spec.epochs)
+        return train_step(
+            self.runner,
+            Batch(x.contiguous(memory_format=self.layout), y, index, self.classes),
+            [
+                (defense, Step(*at, own[label], length, ramp, label.partition("#")[0]))
+                for label, defense in self.defenses
+            ],
+            self.optimizer,
+            precision=self.precision,
+            instead=self.ladder[state.guards.switches - 1].defense if state.guards.switches else None,
+            audit=number == 1 and self.spec.guards,
+        )
+
+    def _project(self, left: int, total: Tensor, state: TrainingState) -> None:
+        """Count a step for the clock, and say so where the training will end too late."""
+        late = self.clock.tick(left, total.item)
+        if late is not None:
+            state.notes.append(late)
+            self.on_event("warning", {"message": late})
 
     def _set_lr(self, progress: float, state: TrainingState) -> None:
         factor = self.schedule.factor(progress, state.epoch) * state.guards.lr_scale
@@ -262,10 +290,10 @@ class _Run:
 
     def _measure(self, state: TrainingState, loss: float, accuracy: float) -> EpochRow:
         model = self._evaluated()
-        robust = single = None
+        found = None
         if self.adversarial or self.spec.select == "robust":
             seed = derive_seed(self.seed, self.key, "validation")
-            robust, single = robust_accuracy(model, self.attacked, self.threat, self.device, seed=seed)
+            found = robust_accuracy(model, self.attacked, self.threat, self.device, seed=seed)
         held_out, clean = clean_loss_and_accuracy(model, self.validation, self.device)
         row = EpochRow(
             epoch=state.epoch,
@@ -273,11 +301,14 @@ class _Run:
             train_accuracy=accuracy,
             validation_loss=held_out,
             clean=clean,
-            robust=robust,
+            robust=found.robust if found else None,
+            single_step=found.single_step if found else None,
+            margin=found.margin if found else None,
+            lr=self.optimizer.param_groups[0]["lr"],
         )
         if self.test is not None:
             row.test_loss, row.test_accuracy = clean_loss_and_accuracy(model, self.test, self.device)
-        return row.model_copy(update={"single_step": single, "lr": self.optimizer.param_groups[0]["lr"]})
+        return row
 
     def _evaluated(self) -> nn.Module:
         model = self.model
@@ -290,8 +321,7 @@ class _Run:
         verdict: Verdict = state.guards.judge(row, state.rows) if self.spec.guards else "ok"
         if verdict != "ok":
             return verdict, False
-        single = getattr(row, "single_step", None)
-        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust, single)
+        report = EpochReport(row.epoch, row.loss, row.train_accuracy, row.clean, row.robust, row.single_step)
         decisions = [defense.after_epoch(report) for _, defense in self.defenses]
         if Decision.FAIL in decisions:
             raise TrainingError(f"a defense gave up after epoch {row.epoch + 1}")
@@ -305,7 +335,7 @@ class _Run:
         state.rows.append(row)
         state.epoch += 1
         state.last = weights
-        if all(defense.ready(step) for _, defense in self.defenses):
+        if state.guards.ramp(progress) == 1 and all(defense.ready(step) for _, defense in self.defenses):
             score = self._score(row)
             if score >= state.best_score:
                 state.best, state.best_epoch, state.best_score = state.last, row.epoch, score
@@ -318,7 +348,7 @@ class _Run:
             return float(row.epoch), 0.0
         if select == "clean" or row.robust is None:
             return row.clean, 0.0
-        return row.robust, row.clean
+        return row.robust, -(row.margin or 0.0)
 
     def _finish(self, state: TrainingState) -> Fitted:
         if not state.last:
@@ -334,7 +364,7 @@ class _Run:
             last_state=state.last,
             epochs=state.rows,
             best_epoch=state.best_epoch,
-            flags=state.flags,
+            flags=[*state.flags, *(overfitting_flags(state.rows, state.best_epoch) if self.adversarial else [])],
             notes=state.notes,
             seconds=round(state.seconds, 3),
             poison=self.poison,

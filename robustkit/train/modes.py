@@ -1,4 +1,4 @@
-"""How a model is attacked: in eval mode and with frozen parameters, and afterwards exactly as it was."""
+"""How a model is attacked, or looked at in eval mode, and afterwards exactly as it was."""
 
 from __future__ import annotations
 
@@ -24,5 +24,17 @@ def attack_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode with its parameters as they are; restore the modes, module by module."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
         for module, training in modes:
             module.training = training

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from robustkit.precision import autocast
-from robustkit.train.hooks import Batch, Defense, Forward, Step
+from robustkit.train.audits import audited_perturb
+from robustkit.train.hooks import Batch, Defense, Forward, Step, is_adversarial
 
+Perturb = Callable[[Defense, Batch, Step], Tensor | None]
 Hooked = Sequence[tuple[Defense, Step]]
 """Each defense with the step as it sees it (its own generator)."""
 
@@ -23,19 +27,45 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     precision: torch.dtype | None,
+    instead: Defense | None = None,
+    audit: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Do one optimizer step and return (loss, number of right predictions) as tensors on the device.
+    """Do the optimizer steps of one batch and return the last (loss, number of right predictions) on the device.
 
-    Order: transform_batch, perturb, around_step, objective (else cross-entropy), penalty, backward, step, after_step.
+    instead: what perturbs in place of the defense that owns `perturb`. audit: look closely at what it does, which
+    waits for the device.
+
+    Order: ramp, transform_batch, then as often as a defense replays the batch (else once): perturb, around_step,
+    objective (else cross-entropy), penalty, backward, step, after_step.
     """
+    hooked = ramped(hooked)
     with autocast(batch.x.device.type, precision):
         for defense, step in hooked:
             batch = defense.transform_batch(batch, step)
+    attack = audited_perturb if audit else plain_perturb
+    found = optimized(model, batch, hooked, optimizer, precision=precision, instead=instead, attack=attack)
+    for _ in range(1, max((defense.replays() for defense, _ in hooked), default=1)):
+        found = optimized(model, batch, hooked, optimizer, precision=precision, instead=instead, attack=attack)
+    return found
+
+
+def optimized(
+    model: Callable[[Tensor], Tensor],
+    batch: Batch,
+    hooked: Hooked,
+    optimizer: torch.optim.Optimizer,
+    *,
+    precision: torch.dtype | None,
+    instead: Defense | None,
+    attack: Perturb,
+) -> tuple[Tensor, Tensor]:
+    """Do one optimizer step on a batch and return (loss, number of right predictions) as tensors on the device."""
+    with autocast(batch.x.device.type, precision):
         for defense, step in hooked:
-            found = defense.perturb(batch, step)
-            if found is not None:
-                batch.x_adv = found.detach()
-        forward = Forward(model, batch)
+            if is_adversarial(defense) and step.ramp > 0:
+                found = attack(instead or defense, batch, step)
+                batch.x_adv = batch.x_adv if found is None else found.detach()
+        forward = Forward(model, batch, lambda forward: main_loss(batch, forward, hooked))
         with ExitStack() as stack:
             for defense, step in hooked:
                 stack.enter_context(defense.around_step(batch, forward, step))
@@ -49,8 +79,23 @@ def train_step(
     return loss.detach(), right
 
 
-def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
-    """Return the mean main loss, weighted where the batch has weights, plus every penalty."""
+def ramped(hooked: Hooked) -> Hooked:
+    """Return the defenses with the threat at the share of eps that their curricula ask for."""
+    factor = math.prod(defense.ramp(step) for defense, step in hooked)
+    if factor == 1:
+        return hooked
+    return [
+        (defense, replace(step, threat=step.threat.scaled(factor), ramp=step.ramp * factor)) for defense, step in hooked
+    ]
+
+
+def plain_perturb(defense: Defense, batch: Batch, step: Step) -> Tensor | None:
+    """Return what the defense's perturb returns."""
+    return defense.perturb(batch, step)
+
+
+def main_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
+    """Return the mean main loss, weighted where batch or defenses have weights: an objective's, else cross-entropy."""
     losses: Tensor | None = None
     for defense, step in hooked:
         owned = defense.objective(batch, forward, step)
@@ -63,7 +108,12 @@ def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
         chosen = defense.loss_weights(losses.detach(), batch, step)
         if chosen is not None:
             weight = chosen if weight is None else weight * chosen
-    loss = losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
+    return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
+
+
+def total_loss(batch: Batch, forward: Forward, hooked: Hooked) -> Tensor:
+    """Return the mean main loss plus every penalty."""
+    loss = main_loss(batch, forward, hooked)
     for defense, step in hooked:
         penalty = defense.penalty(batch, forward, step)
         loss = loss if penalty is None else loss + penalty

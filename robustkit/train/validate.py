@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
+from robustkit.attacks.losses import margin
 from robustkit.attacks.threat import Threat
 from robustkit.data.split import Split
 from robustkit.defenses.inner import pgd_examples
@@ -37,15 +40,22 @@ def robust_subset(split: Split) -> Split:
     return split.select(torch.randperm(len(split), generator=generator)[:ROBUST_EXAMPLES])
 
 
-def robust_accuracy(
-    model: nn.Module, split: Split, threat: Threat, device: torch.device, *, seed: int
-) -> tuple[float, float]:
-    """Return the accuracy under 10 margin steps from a random start, and under one full sign step.
+class Attacked(NamedTuple):
+    """Accuracy under many steps and under one, and the mean margin under many: the best wrong class's probability
+    minus that of the right one, in [-1, 1], lower is better."""
+
+    robust: float
+    single_step: float
+    margin: float = 0.0
+
+
+def robust_accuracy(model: nn.Module, split: Split, threat: Threat, device: torch.device, *, seed: int) -> Attacked:
+    """Return the accuracy and the margin under 10 margin steps from a random start, and accuracy under one full step.
 
     The margin loss cannot be fooled by saturated probabilities; the gap between the two shows catastrophic
     overfitting.
     """
-    right = torch.zeros(2, dtype=torch.int64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     eps = float(threat.eps)
     for start in range(0, len(split), BATCH):
@@ -53,12 +63,10 @@ def robust_accuracy(
         y = split.labels[start : start + BATCH].to(device)
         many = pgd_examples(model, x, y, threat, steps=ROBUST_STEPS, alpha=eps / 4, generator=generator, loss="margin")
         single = pgd_examples(model, x, y, threat, steps=1, alpha=eps, generator=generator, start=False)
-        right += torch.stack([_right(model, x_adv, y) for x_adv in (many, single)])
-    accuracies = (right.to(torch.float64) / max(1, len(split))).tolist()
-    return accuracies[0], accuracies[1]
-
-
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    with attack_mode(model), torch.no_grad():
-        right: Tensor = (model(x).argmax(1) == y).sum()
-    return right
+        with attack_mode(model), torch.no_grad():
+            attacked, stepped = model(many).float(), model(single)
+        # Rounding takes a probability past 1, and weights that are not finite give none: that is as bad as can be.
+        margins = margin(attacked.softmax(1), y).nan_to_num(nan=1.0).clamp(-1, 1)
+        found = [attacked.argmax(1) == y, stepped.argmax(1) == y, margins]
+        totals += torch.stack([one.to(torch.float64).sum() for one in found])
+    return Attacked(*(totals / max(1, len(split))).tolist())

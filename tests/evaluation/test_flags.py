@@ -345,6 +345,8 @@ def use(name: str, **parameters: object) -> Use:
     [
         ([use("n_fgsm")], [use("fgsm"), use("noise")], True),
         ([use("n_fgsm")], [use("fgsm"), use("pgd", steps=2, loss="ce")], False),
+        *(([use(name)], [use("fgsm")], True) for name in ("fgsm", "fgsm_rs", "free", "ensemble_training", "mart")),
+        ([use("mart", steps=5), use("awp")], [use("pgd", steps=6, loss="ce")], False),
         ([use("pgd_training")], [use("pgd", steps=7, loss="ce")], True),
         ([use("pgd_training")], [use("pgd", steps=8, loss="ce")], False),
         ([use("pgd_training")], [use("pgd", steps=7)], False),

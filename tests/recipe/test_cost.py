@@ -258,3 +258,26 @@ def test_a_recipe_is_read_and_its_cost_told_without_torch() -> None:
         "assert not {'torch', 'torchvision', 'torchattacks'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("defenses", "step"),
+    [
+        ("[]", 3),
+        ("[fgsm]", 5),
+        ("[fgsm_rs, awp]", 8),
+        ("[fgsm, grad_align]", 20),
+        ("[ensemble_training]", 8),
+        ("[free: {replay: 4}]", 12),
+        ("[free, awp]", 48),
+        ("[mart: {steps: 5}]", 16),
+        ("[trades]", 26),
+        ("[pgd_training: {steps: 3, restarts: 2}, curriculum]", 15),
+    ],
+)
+def test_passes_of_a_training_step(defenses: str, step: float) -> None:
+    """A forward, twice that for the weights' gradients, and what the defenses add."""
+    recipe = parse_recipe(
+        f"data: digits\nmodel: small_cnn\ntrain: {{epochs: 2}}\nvariants: {{a: {{defenses: {defenses}}}}}"
+    )
+    assert cost.training_passes(recipe.variant("a"), cost.parameter_of(recipe)) == 2 * step

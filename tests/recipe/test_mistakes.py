@@ -221,6 +221,26 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "n_fgsm trains against linf; the threat is l2",
         "pgd_training",
     ),
+    "alpha in 255ths": (
+        change("[n_fgsm]", "[dropout, mart: {steps: 5, alpha: 2}]"),
+        "9:49",
+        "alpha is in [0, 1] pixel units, not 2",
+        "did you mean 2/255?",
+    ),
+    "alpha of an l2 threat under another norm": (
+        change("[n_fgsm]", "[pgd_training: {alpha: 2}]")
+        .replace("norm: linf", "norm: l2")
+        .replace("    compress", "    threat: {norm: linf}\n    train: {}\n    compress"),
+        "12:13",
+        "alpha is in [0, 1] pixel units, not 2",
+        "2/255",
+    ),
+    "a curriculum of nothing": (
+        change("[n_fgsm]", "[dropout, curriculum]"),
+        "9:15",
+        "no defense here perturbs",
+        "add n_fgsm",
+    ),
     "a threat that the defenses of the parent do not know": (
         change("    compress:", "    threat: {norm: l1, eps: 4}\n    train: {}\n    compress:"),
         "12:13",

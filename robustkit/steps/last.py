@@ -1,0 +1,39 @@
+"""The last epoch's weights on the test images, beside the best epoch's: what keeping the best one was worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from robustkit.recipe.plan import Step
+from robustkit.results import Flag
+from robustkit.seeding import derive_seed
+from robustkit.steps.fit import LAST
+from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy, robust_subset
+from robustkit.workbench import MODEL, Workbench, threat_of
+
+
+def best_and_last(bench: Workbench, step: Step) -> dict[str, Any]:
+    """Return accuracies of both on at most 500 test images, clean and under the validation attack, and a note.
+
+    Nothing where training was not attacked or the best epoch was the last one: they are the same weights then.
+    """
+    fit = step.parents[0]
+    made = bench.store.record(fit) or {}
+    rows = made.get("epochs", [])
+    if not rows or rows[-1].get("robust") is None or made["best_epoch"] == rows[-1]["epoch"]:
+        return {}
+    threat, test = threat_of(bench.recipe.variant(step.variant).threat), robust_subset(bench.test())
+    found: dict[str, Any] = {"n": len(test)}
+    for which, name in (("best", MODEL), ("last", LAST)):
+        model = bench.load(fit, name)
+        seed = derive_seed(step.seed, step.key, "last")
+        attacked = robust_accuracy(model, test, threat, bench.device, seed=seed)
+        clean = clean_loss_and_accuracy(model, test, bench.device)[1]
+        found[which] = {"clean": clean, "robust": attacked.robust}
+    epochs = {"best": made["best_epoch"] + 1, "last": rows[-1]["epoch"] + 1}
+    parts = [
+        f"{which} (epoch {epochs[which]}) {found[which]['clean']:.1%} clean, {found[which]['robust']:.1%} attacked"
+        for which in ("best", "last")
+    ]
+    message = f"on {len(test)} test images under ten margin steps: {'; '.join(parts)}; the best one is reported"
+    return {"epochs": found, "flags": [Flag(id="best-and-last", severity="note", message=message)]}

@@ -25,7 +25,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Do one optimizer step and return (loss, number of right predictions) as tensors on the device.
 
-    Order: transform_batch, perturb, around_step, objective (else cross-entropy), penalty, backward, step, after_step.
+    Order: transform_batch, perturb, around_step, objective (else cross-entropy), penalty, backward, second_pass,
+    after_backward, step, after_step.
     """
     with autocast(batch.x.device.type, precision):
         for defense, step in hooked:
@@ -41,11 +42,26 @@ def train_step(
             loss = total_loss(batch, forward, hooked)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-        right = (forward.adversarial().detach().argmax(1) == batch.y).sum()
+            right = (forward.adversarial().detach().argmax(1) == batch.y).sum()
+            again(batch, forward, hooked, optimizer)
+    for defense, step in hooked:
+        defense.after_backward(step)
     optimizer.step()
     for defense, step in hooked:
         defense.after_step(step)
     return loss.detach(), right
+
+
+def again(batch: Batch, forward: Forward, hooked: Hooked, optimizer: torch.optim.Optimizer) -> None:
+    """Take the gradients a second time, where a defense asks for it, at the weights that it moves to."""
+    for defense, step in hooked:
+        elsewhere = defense.second_pass(step)
+        if elsewhere is not None:
+            forward.forget()
+            # The first gradients say where to move: they are there until the context is entered.
+            with elsewhere:
+                optimizer.zero_grad(set_to_none=True)
+                total_loss(batch, forward, hooked).backward()
 
 
 def autocast(device_type: str, precision: torch.dtype | None) -> AbstractContextManager[object]:

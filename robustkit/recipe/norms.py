@@ -13,6 +13,7 @@ from robustkit.recipe.spec import ThreatSpec, Use, VariantSpec
 from robustkit.registry import TORCHATTACKS
 
 DEFENSE_NORMS: dict[str, tuple[str, ...]] = {
+    "input_gradient": ("linf", "l2", "l1"),
     "n_fgsm": ("linf",),
     "pgd_training": ("linf", "l2"),
     "trades": ("linf", "l2"),

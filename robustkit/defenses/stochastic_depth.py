@@ -10,7 +10,7 @@ from torchvision.ops import StochasticDepth as SkipRow
 
 from robustkit.defenses.surgery import attach, attached, detach
 from robustkit.errors import ModelError, UsageError
-from robustkit.params import Fraction
+from robustkit.params import OpenShare
 from robustkit.train.hooks import Defense
 
 KIND = "stochastic_depth"
@@ -61,14 +61,10 @@ def insert_stochastic_depth(model: nn.Module, *, p: float) -> nn.Module:
 class StochasticDepth(Defense):
     """Skip residual blocks at random while training, deeper ones more often (Huang et al. 2016).
 
-    p is the chance to skip the last block, in [0, 1); it falls linearly towards the first. Residual models only.
+    p is the chance to skip the last block, in (0, 1); it falls linearly towards the first. Residual models only.
     """
 
-    p: Fraction = 0.2
-
-    def __post_init__(self) -> None:
-        if self.p >= 1:
-            raise UsageError("stochastic_depth: p must be less than 1, or the last block is never trained")
+    p: OpenShare = 0.2
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Return the model with blocks that may be skipped."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from robustkit import registry
 from robustkit.defenses.drop_block import DropBlock, DropBlockLayer, block_mask, drop_block
 from robustkit.defenses.dropout import Dropout, Dropout2d
 from robustkit.defenses.stochastic_depth import StochasticDepth, branch_ends, skip_chances
@@ -142,6 +143,7 @@ def test_a_model_without_blocks_is_refused(name: str) -> None:
         StochasticDepth().prepare_model(build(name))
 
 
-def test_p_1_is_refused() -> None:
-    with pytest.raises(UsageError, match="less than 1"):
-        StochasticDepth(1.0)
+def test_p_1_is_refused_when_the_recipe_is_checked() -> None:
+    """The last block would never be trained."""
+    _, problems = registry.check_parameters(registry.find("defense", "stochastic_depth"), {"p": 1.0})
+    assert "less than 1" in problems[0][1]

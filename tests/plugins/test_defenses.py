@@ -338,6 +338,12 @@ def test_two_owners_of_one_hook_are_a_recipe_error(pair: str) -> None:
         parse_recipe(text)
 
 
+def test_two_second_passes_are_a_recipe_error() -> None:
+    text = "name: x\ndata: digits\nmodel: small_cnn\nvariants: {a: {defenses: [sam, sam: {rho: 0.1, as: other}]}}\n"
+    with pytest.raises(RecipeError, match="both own `second_pass`"):
+        parse_recipe(text)
+
+
 HEIRS = {
     "from robustkit.defenses.adversarial import PgdTraining": "PgdTraining",
     "from robustkit.defenses.adversarial import PgdTraining as Base\nclass Between(Base): pass": "Between",

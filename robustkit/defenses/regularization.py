@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,12 +76,18 @@ def orthogonal_penalty(parameters: Iterable[Tensor]) -> Tensor:
     """
     gaps = []
     for parameter in parameters:
-        # The norm of a difference to the identity is lost in half precision.
-        matrix = parameter.flatten(1).float()
-        matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
-        gram = matrix @ matrix.t()
-        gaps.append((gram - torch.eye(gram.shape[0], device=gram.device)).square().sum())
+        with _full_precision(parameter.device.type):
+            matrix = parameter.flatten(1).float()
+            matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+            gram = matrix @ matrix.t()
+            gaps.append((gram - torch.eye(gram.shape[0], device=gram.device)).square().sum())
     return torch.stack(gaps).sum()
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Return where autocast is off: a small difference to the identity is lost in half precision."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def smooth_labels(target: Tensor, amount: float) -> Tensor:

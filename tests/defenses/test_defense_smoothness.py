@@ -45,6 +45,8 @@ def test_orthonormal_weights_cost_nothing_whichever_way_they_lie() -> None:
     for weight in (basis, basis[:3], basis[:, :3], basis[:2].view(2, 6, 1, 1)):
         assert orthogonal_penalty([weight]) < 1e-10
     torch.testing.assert_close(orthogonal_penalty([2 * basis[:3]]), torch.tensor(27.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert orthogonal_penalty([basis]) < 1e-10
 
 
 def test_projections_estimate_the_jacobian_of_a_linear_model() -> None:

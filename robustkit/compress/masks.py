@@ -42,6 +42,14 @@ class Masks:
                 mask = self.tensors[name] = mask.to(parameter.device)
             parameter.mul_(mask)
 
+    @torch.no_grad()
+    def apply_to_gradients_(self, model: nn.Module) -> None:
+        """Set the gradients of masked weights to zero, in place."""
+        for name, mask in self.tensors.items():
+            gradient = stored_parameter(model, name).grad
+            if gradient is not None:
+                gradient.mul_(mask.to(gradient.device))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the masks as booleans by name."""
         return {name: mask.bool().cpu() for name, mask in self.tensors.items()}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
+from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import Masks
-from robustkit.defenses.constraints import SpectralNorm, insert_spectral_norm
+from robustkit.defenses.constraints import GradientClipping, SpectralNorm, insert_spectral_norm
 from robustkit.defenses.logits import LogitPairing
 from robustkit.defenses.regularization import elastic_penalty, orthogonal_penalty
 from robustkit.defenses.smoothness import InputGradient, first_order_gain, input_gradients, jacobian_penalty
@@ -147,6 +148,23 @@ def test_spectral_norm_twice_or_without_layers_is_refused() -> None:
         insert_spectral_norm(insert_spectral_norm(network(), 1), 1)
     with pytest.raises(ModelError, match="no convolution"):
         insert_spectral_norm(nn.Sequential(nn.BatchNorm2d(1)), 1)
+
+
+def test_a_pruned_weight_does_not_count_in_a_clipped_norm() -> None:
+    model = nn.Linear(1, 2, bias=False)
+    model.weight.grad = torch.tensor([[3.0], [4.0]])
+    keeper = MaskKeeper(
+        [],
+        inherit=False,
+        context_seed=0,
+        example=torch.zeros(1),
+        threat=Threat("linf", 0.1),
+        held=Masks({"weight": torch.tensor([[1.0], [0.0]])}),
+    )
+    step = Step(keeper.prepare_model(model), 0, 1, 0.5, Threat("linf", 0.1), seeded())
+    for defense in (keeper, GradientClipping(1.5)):
+        defense.after_backward(step)
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[1.5], [0.0]]), rtol=1e-4, atol=0)
 
 
 def test_masks_reach_below_a_spectral_norm() -> None:

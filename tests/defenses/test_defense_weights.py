@@ -81,6 +81,22 @@ def test_swa_is_the_mean_over_ends_of_epochs_from_its_start() -> None:
     assert evaluated == [1.0, 2.0, 3.0, 3.5]
 
 
+def test_swa_takes_its_statistics_on_what_the_network_saw() -> None:
+    torch.manual_seed(0)
+    model, swa = nn.Sequential(nn.BatchNorm2d(1)).train(), Swa(start=0.1)
+    for epoch in (0, 1):
+        batch = batch_of()
+        batch.x_adv = batch.x + 3 * (epoch + 1)
+        step = step_of(model, epoch, 2)
+        swa.transform_batch(batch, step)
+        with swa.around_step(batch, Forward(model, batch), step):
+            pass
+    mean = swa.evaluated_model(model).get_buffer("0.running_mean")
+    # Those of the last epoch alone, and adversarial.
+    torch.testing.assert_close(mean, batch_of().x.mean((0, 2, 3)) + 6)
+    assert model.get_buffer("0.running_mean") == 0
+
+
 def test_recalibrated_statistics_are_those_of_the_batches() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).train()
     batches = list(torch.rand(5, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0)))

@@ -85,6 +85,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeVali
 PositiveInt = Annotated[int, Field(gt=0, strict=True), BeforeValidator(_to_integer)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_to_integer)]
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_to_seconds)]
+Magnitude = Annotated[int, Field(ge=0, le=30, strict=True), BeforeValidator(_to_integer)]
+"""How strong RandAugment's operations are, on its scale of 31 levels."""
 PathStr = Annotated[str, Field(min_length=1)]
 Schedule = Literal["one_shot", "cubic"]
 """How a pruning method reaches its sparsity: at once, or along Zhu and Gupta's cubic schedule."""

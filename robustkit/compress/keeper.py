@@ -108,6 +108,10 @@ class MaskKeeper(Defense):
     def _reached(self, model: nn.Module, method: Compressor) -> float:
         return method.reached(model, self._context(model)) if isinstance(method, Counting) else sparsity_of(model)
 
+    def after_backward(self, step: Step) -> None:
+        """Take pruned weights out of the gradients, so that they do not count in a norm that is clipped."""
+        self.masks.apply_to_gradients_(step.model)
+
     def after_step(self, step: Step) -> None:
         """Advance the schedules that are due and hold the masks."""
         for number, method in enumerate(self.compressors):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrize import is_parametrized
 
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -36,10 +37,18 @@ class Masks:
     def apply_(self, model: nn.Module) -> None:
         """Set the masked weights of a model to zero, in place."""
         for name, mask in self.tensors.items():
-            parameter = model.get_parameter(name)
+            parameter = stored_parameter(model, name)
             if mask.device != parameter.device:
                 mask = self.tensors[name] = mask.to(parameter.device)
             parameter.mul_(mask)
+
+    @torch.no_grad()
+    def apply_to_gradients_(self, model: nn.Module) -> None:
+        """Set the gradients of masked weights to zero, in place."""
+        for name, mask in self.tensors.items():
+            gradient = stored_parameter(model, name).grad
+            if gradient is not None:
+                gradient.mul_(mask.to(gradient.device))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the masks as booleans by name."""
@@ -49,6 +58,18 @@ class Masks:
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Masks:
         """Return the masks that state_dict described."""
         return cls({name: mask.to(torch.float32) for name, mask in state.items()})
+
+
+def stored_parameter(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter of this name; where spectral norm computes it from another one, that other one.
+
+    Zeros of the one are zeros of the other.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if is_parametrized(module, leaf):
+        return module.get_parameter(f"parametrizations.{leaf}.original")
+    return model.get_parameter(name)
 
 
 def prunable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustkit.params import PositiveInt
+from robustkit.params import PositiveFloat, PositiveInt
 
 
 class Augmentation(Protocol):
@@ -55,6 +55,12 @@ def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return images.masked_fill(hole, 0.0)
 
 
+def gaussian_noise(images: Tensor, sigma: float, generator: torch.Generator, *, clip: bool = True) -> Tensor:
+    """Return each image plus Gaussian noise of deviation `sigma`, in pixel units; with clip, kept in [0, 1]."""
+    noisy = images + sigma * torch.empty_like(images).normal_(generator=generator)
+    return noisy.clamp(0, 1) if clip else noisy
+
+
 @dataclass(frozen=True)
 class Crop:
     """Random crop of the padded image: shifts by up to `padding` pixels."""
@@ -85,3 +91,18 @@ class Cutout:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the batch with a hole in each image."""
         return cutout(images, self.size, generator)
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """Add Gaussian noise of deviation sigma, in pixel units (Bishop 1995; Cohen et al. 2019).
+
+    clip keeps the image in [0, 1]; without it the noise is the one that randomized_smoothing certifies under.
+    """
+
+    sigma: PositiveFloat = 0.1
+    clip: bool = True
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the noisy batch."""
+        return gaussian_noise(images, self.sigma, generator, clip=self.clip)

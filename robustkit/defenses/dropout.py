@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
+from robustkit.defenses.surgery import attach, attached, detach, leaves
 from robustkit.errors import UsageError
 from robustkit.params import Fraction
 from robustkit.train.hooks import Defense
 
-CHILD = "inserted_dropout"
-_HANDLE = "inserted_dropout_hook"
+KIND = "dropout"
+KIND_2D = "dropout2d"
 
 
 def insert_dropout(model: nn.Module, *, p: float, conv: float = 0.0) -> nn.Module:
@@ -24,7 +23,7 @@ def insert_dropout(model: nn.Module, *, p: float, conv: float = 0.0) -> nn.Modul
     name and no key of the state_dict changes; in eval mode the model computes exactly what it did.
     Raises UsageError where the model has no such place, or has inserted dropout already.
     """
-    if any(hasattr(module, CHILD) for module in model.modules()):
+    if attached(model, KIND):
         raise UsageError("dropout was inserted into this model already: use `dropout` once, with p and conv")
     linears, convolutions = places(model)
     if p > 0 and not linears and not (conv > 0 and convolutions):
@@ -35,26 +34,37 @@ def insert_dropout(model: nn.Module, *, p: float, conv: float = 0.0) -> nn.Modul
     if conv > 0 and not convolutions:
         raise UsageError("dropout: conv is set, and this model has no convolution")
     for module in linears if p > 0 else ():
-        _attach(module, nn.Dropout(p), before=True)
+        attach(module, nn.Dropout(p), KIND, before=True)
     for module in convolutions if conv > 0 else ():
-        _attach(module, nn.Dropout2d(conv), before=False)
+        attach(module, nn.Dropout2d(conv), KIND)
     return model
 
 
 def remove_dropout(model: nn.Module) -> nn.Module:
     """Take out what insert_dropout put in (also from a deepcopy of that model) and return the model."""
-    for module in list(model.modules()):
-        if hasattr(module, CHILD):
-            getattr(module, _HANDLE).remove()
-            delattr(module, _HANDLE)
-            delattr(module, CHILD)
+    return detach(model, KIND)
+
+
+def insert_dropout2d(model: nn.Module, *, p: float) -> nn.Module:
+    """Insert dropout of whole channels after every convolution, in place, and return the model (Tompson et al. 2015).
+
+    p: chance that a channel is dropped; the place is behind the batch norm where one follows the convolution.
+    Raises UsageError where the model has no convolution, or has inserted dropout2d already.
+    """
+    if attached(model, KIND_2D):
+        raise UsageError("dropout2d was inserted into this model already: use it once")
+    _, convolutions = places(model)
+    if not convolutions:
+        raise UsageError("dropout2d: this model has no convolution")
+    for module in convolutions:
+        attach(module, nn.Dropout2d(p), KIND_2D)
     return model
 
 
 def places(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the linear layers with hidden inputs, and the modules after which a convolution's output is final."""
-    leaves = [module for module in model.modules() if next(module.children(), None) is None]
-    parametrised = [module for module in leaves if next(module.parameters(recurse=False), None) is not None]
+    own = list(leaves(model))
+    parametrised = [module for module in own if next(module.parameters(), None) is not None]
     # The first layer with parameters sees the image itself.
     linears: list[nn.Module] = [
         module
@@ -63,35 +73,12 @@ def places(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     ]
     outputs: list[nn.Module] = []
-    for position, module in enumerate(leaves):
+    for position, module in enumerate(own):
         if isinstance(module, nn.Conv2d):
-            after = leaves[position + 1] if position + 1 < len(leaves) else None
+            after = own[position + 1] if position + 1 < len(own) else None
             follows = isinstance(after, nn.BatchNorm2d) and after.num_features == module.out_channels
             outputs.append(after if follows and after is not None else module)
     return linears, outputs
-
-
-def _attach(module: nn.Module, dropout: nn.Module, *, before: bool) -> None:
-    dropout.train(module.training)
-    module.add_module(CHILD, dropout)
-    # The handle is kept on the module: a deepcopy gets a handle of its own, which removes the copy's hook.
-    setattr(module, _HANDLE, _hook(module, before))
-
-
-def _hook(module: nn.Module, before: bool) -> RemovableHandle:
-    if before:
-        return module.register_forward_pre_hook(_drop_input)
-    return module.register_forward_hook(_drop_output)
-
-
-def _drop_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    dropout = module.get_submodule(CHILD)
-    return (dropout(arguments[0]), *arguments[1:])
-
-
-def _drop_output(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-    dropped: Tensor = module.get_submodule(CHILD)(output)
-    return dropped
 
 
 @dataclass(frozen=True)
@@ -111,3 +98,21 @@ class Dropout(Defense):
     def restore_model(self, model: nn.Module) -> nn.Module:
         """Return the model without it."""
         return remove_dropout(model)
+
+
+@dataclass(frozen=True)
+class Dropout2d(Defense):
+    """Drop whole channels after every convolution while training (Tompson et al. 2015).
+
+    p is the chance of a channel, in [0, 1]. The same as `dropout: {p: 0, conv: p}`; it may stand beside `dropout`.
+    """
+
+    p: Fraction = 0.1
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Return the model with dropout2d inserted."""
+        return insert_dropout2d(model, p=self.p)
+
+    def restore_model(self, model: nn.Module) -> nn.Module:
+        """Return the model without it."""
+        return detach(model, KIND_2D)

@@ -1,8 +1,9 @@
-"""Regularization: weight decay, L1 and label smoothing. They curb overfitting; alone they stop no attack."""
+"""Regularization: penalties on weights, decay and label smoothing. They curb overfitting; alone they stop no attack."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +62,34 @@ def l1_penalty(parameters: Iterable[Tensor]) -> Tensor:
     return torch.stack([parameter.abs().sum() for parameter in parameters]).sum()
 
 
+def elastic_penalty(parameters: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    """Return l1 * sum |w| + l2 * sum w^2 over all parameters, a scalar with a graph (Zou & Hastie 2005)."""
+    squares = torch.stack([parameter.square().sum() for parameter in parameters]).sum()
+    return l1 * l1_penalty(parameters) + l2 * squares
+
+
+def orthogonal_penalty(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the sum of ||G - I||_F^2 over all weights, a scalar with a graph (Bansal et al. 2018).
+
+    A weight is taken as a matrix W (outputs, everything else); G is W W^T, or W^T W where it has more rows than
+    columns, as only the smaller of the two can become the identity.
+    """
+    gaps = []
+    for parameter in parameters:
+        with _full_precision(parameter.device.type):
+            matrix = parameter.flatten(1).float()
+            matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+            gram = matrix @ matrix.t()
+            gaps.append((gram - torch.eye(gram.shape[0], device=gram.device)).square().sum())
+    return torch.stack(gaps).sum()
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Return where autocast is off: a small difference to the identity is lost in half precision."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
 def smooth_labels(target: Tensor, amount: float) -> Tensor:
     """Return (1 - amount) * target + amount / classes for probabilities (N, classes) (Szegedy et al. 2016)."""
     return target * (1 - amount) + amount / target.shape[1]
@@ -97,6 +126,39 @@ class L1(Defense):
         """Return the scalar penalty; None for a model without weights."""
         weights = weights_of(step.model, norms=self.norms, biases=self.biases)
         return self.amount * l1_penalty(weights) if weights else None
+
+
+@dataclass(frozen=True)
+class Elastic(Defense):
+    """Add the elastic net to the loss: l1 times the absolute weights plus l2 times their squares (Zou & Hastie 2005).
+
+    Normalization layers and biases stay out unless asked.
+    """
+
+    l1: NonNegativeFloat = 1e-6
+    l2: NonNegativeFloat = 1e-4
+    norms: bool = False
+    biases: bool = False
+
+    def penalty(self, batch: Batch, forward: Forward, step: Step) -> Tensor | None:
+        """Return the scalar penalty; None for a model without weights."""
+        weights = weights_of(step.model, norms=self.norms, biases=self.biases)
+        return elastic_penalty(weights, self.l1, self.l2) if weights else None
+
+
+@dataclass(frozen=True)
+class Orthogonal(Defense):
+    """Draw the filters of every layer towards orthonormal ones: soft orthogonality (Bansal et al. 2018).
+
+    amount weighs the sum of ||W W^T - I||_F^2 over convolutions and linear layers.
+    """
+
+    amount: NonNegativeFloat = 1e-3
+
+    def penalty(self, batch: Batch, forward: Forward, step: Step) -> Tensor | None:
+        """Return the scalar penalty; None for a model without weights."""
+        weights = weights_of(step.model)
+        return self.amount * orthogonal_penalty(weights) if weights else None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ class BaselineCnn(nn.Module):
         self.fc1 = nn.Linear(second * rows * columns, HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, classes)
 
+    @property
+    def branch_end(self) -> str | None:
+        """The module whose output is added to the shortcut; None without one."""
+        return None if self.shortcut is None else "norm2"
+
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, C, H, W)."""
         x = self.relu1(self.pool(self.norm1(self.conv1(x))))

@@ -10,6 +10,9 @@ from robustkit.params import PositiveInt
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm around an identity or 1x1 shortcut."""
 
+    branch_end = "norm2"
+    """The module whose output is added to the shortcut."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)

@@ -11,6 +11,9 @@ from robustkit.params import Fraction, PositiveInt
 class WideBlock(nn.Module):
     """Pre-activation block: batch norm, ReLU, 3x3, batch norm, ReLU, dropout, 3x3."""
 
+    branch_end = "conv2"
+    """The module whose output is added to the shortcut."""
+
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(inputs)

@@ -22,6 +22,7 @@ DEFENSE_NORMS: dict[str, tuple[str, ...]] = {
     "free": ("linf", "l2"),
     "grad_align": ("linf", "l2"),
     "mart": ("linf", "l2"),
+    "input_gradient": ("linf", "l2", "l1"),
     "n_fgsm": ("linf",),
     "pgd_training": ("linf", "l2"),
     "trades": ("linf", "l2"),

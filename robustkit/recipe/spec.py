@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Norm = Literal["linf", "l2", "l1", "l0"]
-EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective", "loss_weights", "partition")
+EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective", "loss_weights", "partition", "second_pass")
 """Hooks of a defense that only one defense of a variant may own."""
 
 

@@ -162,7 +162,8 @@ def _compressed(bench: Workbench, label: str | None) -> bool:
 
 
 def _defenses(bench: Workbench, variant: VariantSpec, keeper: MaskKeeper | None) -> list[tuple[str, Defense]]:
-    named: list[tuple[str, Defense]] = []
+    # The masks come first: what the others add to the model, or average, then starts from what is pruned already.
+    named: list[tuple[str, Defense]] = [] if keeper is None else [("masks", keeper)]
     seen: dict[str, int] = {}
     owners: dict[str, str] = {}
     for use in variant.defenses:
@@ -172,8 +173,6 @@ def _defenses(bench: Workbench, variant: VariantSpec, keeper: MaskKeeper | None)
         _check_owner(use.label, defense, owners)
         # The number of the use, not its label: renaming must not shift any random number.
         named.append((f"{use.name}#{seen[use.name]}", defense))
-    if keeper is not None:
-        named.append(("masks", keeper))
     return named
 
 

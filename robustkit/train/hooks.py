@@ -200,8 +200,19 @@ class Defense:
         return None
 
     def around_step(self, batch: Batch, forward: Forward, step: Step) -> AbstractContextManager[None]:
-        """Wrap forward and backward: AWP, SAM."""
+        """Wrap forward and backward: AWP."""
         return nullcontext()
+
+    def second_pass(self, step: Step) -> AbstractContextManager[None] | None:
+        """EXCLUSIVE. Return where the gradients are to be taken again, at other weights (SAM); None: once is enough.
+
+        Runs after backward. The context moves the weights and puts them back; in between the loss is computed anew,
+        on the same adversarial images, and its gradients take the place of the first ones.
+        """
+        return None
+
+    def after_backward(self, step: Step) -> None:
+        """Change the gradients before the optimizer's step: clipping."""
 
     def after_step(self, step: Step) -> None:
         """Run after the optimizer's step: EMA, masks."""

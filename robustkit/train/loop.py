@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -350,18 +351,22 @@ class _Run:
             return row.clean, 0.0
         return row.robust, -(row.margin or 0.0)
 
+    def _plain(self, model: nn.Module, weights: Weights) -> nn.Module:
+        """Return the model with these weights and without what the defenses put into it."""
+        model.load_state_dict(weights)
+        for _, defense in reversed(self.defenses):
+            model = defense.restore_model(model)
+        return model
+
     def _finish(self, state: TrainingState) -> Fitted:
         if not state.last:
             state.last = weights_of(self._evaluated())
         if not state.best:
             state.best, state.best_epoch = state.last, max(0, state.epoch - 1)
-        self.model.load_state_dict(state.best)
-        model = self.model
-        for _, defense in reversed(self.defenses):
-            model = defense.restore_model(model)
+        last = weights_of(self._plain(copy.deepcopy(self.model), state.last))
         return Fitted(
-            model=model.eval(),
-            last_state=state.last,
+            model=self._plain(self.model, state.best).eval(),
+            last_state=last,
             epochs=state.rows,
             best_epoch=state.best_epoch,
             flags=[*state.flags, *(overfitting_flags(state.rows, state.best_epoch) if self.adversarial else [])],

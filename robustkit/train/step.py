@@ -36,7 +36,7 @@ def train_step(
     waits for the device.
 
     Order: ramp, transform_batch, then as often as a defense replays the batch (else once): perturb, around_step,
-    objective (else cross-entropy), penalty, backward, step, after_step.
+    objective (else cross-entropy), penalty, backward, second_pass, after_backward, step, after_step.
     """
     hooked = ramped(hooked)
     with autocast(batch.x.device.type, precision):
@@ -72,7 +72,10 @@ def optimized(
             loss = total_loss(batch, forward, hooked)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-        right = (forward.adversarial().detach().argmax(1) == batch.y).sum()
+            right = (forward.adversarial().detach().argmax(1) == batch.y).sum()
+            again(batch, forward, hooked, optimizer)
+    for defense, step in hooked:
+        defense.after_backward(step)
     optimizer.step()
     for defense, step in hooked:
         defense.after_step(step)
@@ -87,6 +90,18 @@ def ramped(hooked: Hooked) -> Hooked:
     return [
         (defense, replace(step, threat=step.threat.scaled(factor), ramp=step.ramp * factor)) for defense, step in hooked
     ]
+
+
+def again(batch: Batch, forward: Forward, hooked: Hooked, optimizer: torch.optim.Optimizer) -> None:
+    """Take the gradients a second time, where a defense asks for it, at the weights that it moves to."""
+    for defense, step in hooked:
+        elsewhere = defense.second_pass(step)
+        if elsewhere is not None:
+            forward.forget()
+            # The first gradients say where to move: they are there until the context is entered.
+            with elsewhere:
+                optimizer.zero_grad(set_to_none=True)
+                total_loss(batch, forward, hooked).backward()
 
 
 def plain_perturb(defense: Defense, batch: Batch, step: Step) -> Tensor | None:

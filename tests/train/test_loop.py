@@ -94,6 +94,48 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+AVERAGED = ["ema", "swa", "lookahead", "sam", "spectral_norm"]
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_what_changes_the_weights_resumes_bit_for_bit(name: str, digits: Dataset, tmp_path: Path) -> None:
+    """With growing masks, and with adversarial examples."""
+
+    def defenses() -> list[tuple[str, Defense]]:
+        parameters = {"swa": {"start": 0.3}}.get(name, {})
+        return [("masks", keeper()), *named(use(name, **parameters), use("n_fgsm"), use("mixup"))]
+
+    given: dict[str, Any] = {"epochs": 4, "guards": False, "select": "last"}
+    straight = train(digits, defenses(), **given)
+    file = StateFile(tmp_path / "state", lambda message: None)
+    with pytest.raises(Stop):
+        train(digits, defenses(), checkpoint=StopAfter(file, 2), **given)  # type: ignore[arg-type]
+    resumed = train(digits, defenses(), checkpoint=file, **given)
+    assert same(straight.model.state_dict(), resumed.model.state_dict())
+    assert same(straight.last_state, resumed.last_state)
+    assert list(straight.last_state) == list(network().state_dict())
+
+
+@pytest.mark.parametrize("name", [*AVERAGED, "max_norm"])
+def test_what_is_pruned_stays_zero_in_what_is_stored(name: str, digits: Dataset) -> None:
+    """Before any mask is applied again: the evaluated weights are the ones that are stored."""
+    masks = keeper()
+    parameters = {"swa": {"start": 0.3}}.get(name, {})
+    found = train(digits, [("masks", masks), *named(use(name, **parameters))], epochs=4, guards=False, select="last")
+    assert masks.masks.tensors
+    zeros = sum(int((mask == 0).sum()) for mask in masks.masks.tensors.values())
+    assert zeros > 0.7 * sum(mask.numel() for mask in masks.masks.tensors.values())
+    for state in (found.model.state_dict(), found.last_state):
+        for parameter, mask in masks.masks.tensors.items():
+            assert not state[parameter][mask == 0].any(), parameter
+
+
+def test_the_stored_model_holds_the_average(digits: Dataset) -> None:
+    plain, averaged = (train(digits, made, epochs=3) for made in ([], named(use("ema", decay=0.9))))
+    assert plain.epochs[0].loss == averaged.epochs[0].loss, "training itself is not changed"
+    assert not same(plain.last_state, averaged.last_state)
+
+
 def test_it_learns_real_digits() -> None:
     data = load_dataset(use("digits"))
     found = train(data, epochs=6)

@@ -1,0 +1,177 @@
+"""Averages of weights: EMA and SWA. The average is what is evaluated and stored; training goes on with its own."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustkit.params import OpenShare, PositiveInt
+from robustkit.train.hooks import Batch, Defense, Forward, Step
+
+Named = dict[str, Tensor]
+
+
+def averaged(model: nn.Module) -> Named:
+    """Return what can be averaged, by name and not copied: parameters and floating-point buffers."""
+    found: Named = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return found | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
+@torch.no_grad()
+def move_(average: Named, values: Named, share: float) -> None:
+    """Move the average towards the values by a share in [0, 1], in place; what is pruned stays exactly zero.
+
+    A weight of a convolution or linear layer that is exactly zero now was pruned, so its average is set to zero too:
+    an average that remembers it would not be sparse.
+    """
+    for name, value in values.items():
+        if average[name].device != value.device:
+            average[name] = average[name].to(value.device)
+        average[name].lerp_(value, share)
+        if value.dim() > 1:
+            average[name].mul_(value != 0)
+
+
+def warmed_decay(decay: float, updates: int) -> float:
+    """Return the decay of the EMA at its n-th update, from 0: min(decay, (1 + n) / (10 + n)).
+
+    Without it a short training would end with an average that is mostly its random first weights.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of the model that holds these parameters and buffers."""
+    filled = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, place in averaged(filled).items():
+            if name in values:
+                place.copy_(values[name])
+    return filled
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of every batch norm to the mean over batches of images, in place.
+
+    Modules keep their mode. Averaged weights have other activations than any of the weights had, so that none of
+    their statistics fit (Izmailov et al. 2018, section 3.2).
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    images = list(batches)
+    if not norms or not images:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    kept = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+        # None: the plain mean over all batches.
+        norm.momentum = None
+    for x in images:
+        model(x)
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training
+
+
+class Ema(Defense):
+    """Evaluate and store an exponential moving average of the weights (Polyak & Juditsky 1992).
+
+    decay: what is kept of the average at each step, less at first (see warmed_decay). The batch norm's statistics are
+    averaged like the weights: both change slowly, and no data is needed again.
+    """
+
+    def __init__(self, decay: OpenShare = 0.999) -> None:
+        self.decay = decay
+        self._average: Named = {}
+        self._updates = 0
+
+    def after_step(self, step: Step) -> None:
+        """Move the average towards the weights."""
+        values = averaged(step.model)
+        if not self._average:
+            self._average = {name: value.clone() for name, value in values.items()}
+        move_(self._average, values, 1 - warmed_decay(self.decay, self._updates))
+        self._updates += 1
+
+    def evaluated_model(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model with the averaged weights; the model itself before the first step."""
+        return with_values(model, self._average) if self._average else model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average and how many steps are in it."""
+        return {"average": dict(self._average), "updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what state_dict returned."""
+        self._average, self._updates = dict(state["average"]), int(state["updates"])
+
+
+class Swa(Defense):
+    """Evaluate and store the mean of the weights at the ends of epochs: SWA (Izmailov et al. 2018).
+
+    start: share of training after which epochs count; no earlier checkpoint is selected. The batch norm's statistics
+    are taken anew, for the averaged weights, on the last `batches` training batches of the epoch: as the network saw
+    them, adversarial ones included. A schedule that does not fall to zero gives the mean more to average.
+    """
+
+    def __init__(self, start: OpenShare = 0.75, batches: PositiveInt = 20) -> None:
+        self.start = start
+        self.batches = batches
+        self._average: Named = {}
+        self._count = 0
+        self._epoch = 0
+        self._seen: deque[Tensor] = deque(maxlen=batches)
+
+    def transform_batch(self, batch: Batch, step: Step) -> Batch:
+        """Take the weights that the last epoch ended with, at the first step of the next."""
+        if step.epoch != self._epoch:
+            if step.epoch / step.epochs > self.start:
+                self._average, self._count = self._with(step.model), self._count + 1
+            self._epoch = step.epoch
+            self._seen.clear()
+        return batch
+
+    def around_step(self, batch: Batch, forward: Forward, step: Step) -> AbstractContextManager[None]:
+        """Keep the images, for the batch norm's statistics."""
+        if (step.epoch + 1) / step.epochs > self.start:
+            self._seen.append((batch.x if batch.x_adv is None else batch.x_adv).detach())
+        return nullcontext()
+
+    def ready(self, step: Step) -> bool:
+        """Say that no checkpoint from before the mean begins may be selected."""
+        return step.progress > self.start
+
+    def evaluated_model(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model with the mean of the weights, this epoch's included, and statistics to match."""
+        if not self._seen:
+            return model
+        mean = with_values(model, self._with(model))
+        if self._count:
+            recalibrate_(mean, self._seen)
+        return mean
+
+    def _with(self, model: nn.Module) -> Named:
+        values = averaged(model)
+        mean = {name: value.clone() for name, value in (self._average or values).items()}
+        move_(mean, values, 1 / (self._count + 1))
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mean of the whole epochs before this one, and how many they are."""
+        return {"average": dict(self._average), "count": self._count, "epoch": self._epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what state_dict returned."""
+        self._average, self._count, self._epoch = dict(state["average"]), int(state["count"]), int(state["epoch"])
+        self._seen.clear()

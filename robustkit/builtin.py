@@ -53,6 +53,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "layer_l1": "robustkit.compress.prune:LayerL1",
         "random": "robustkit.compress.prune:RandomWeights",
         "channel_l2": "robustkit.compress.channels:ChannelL2",
+        "shrink": "robustkit.compress.shrink:Shrink",
     },
     "attack": {
         "noise": "robustkit.attacks.noise:Noise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.masks import Masks
+from robustkit.data.split import Split
+from robustkit.errors import ModelError
 from robustkit.params import Schedule
+
+
+def _unheard(message: str) -> None:
+    """Take a note that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,23 @@ class CompressContext:
     example: Tensor
     generator: torch.Generator
     threat: Threat
+    train: Split | None = None
+    """Training images, without those of the validation split; the test split is nobody's to prune by."""
+    note: Callable[[str], None] = _unheard
+    """note(message): goes into the report of the variant."""
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return random training images (N, C, H, W) in [0, 1] and labels (N,) on the model's device, N <= count.
+
+        Raises:
+            ModelError: there are no training images.
+        """
+        if self.train is None or not len(self.train):
+            raise ModelError("this method needs training images; pass `train` to MaskKeeper")
+        chosen = torch.randperm(len(self.train), generator=self.generator)[:count]
+        drawn = self.train.select(chosen)
+        device = self.example.device
+        return drawn.floats(0, len(drawn)).to(device), drawn.labels.to(device)
 
 
 @runtime_checkable
@@ -56,6 +80,15 @@ class Counting(Protocol):
 
     def reached(self, model: nn.Module, context: CompressContext) -> float:
         """Return the sparsity that the model has, in [0, 1], as the method counts it."""
+        ...
+
+
+@runtime_checkable
+class Finisher(Protocol):
+    """What is done to a pruned model after its training; in the order of the recipe."""
+
+    def finish(self, model: nn.Module, context: CompressContext) -> nn.Module:
+        """Return the finished model; what is worth telling goes to `context.note`."""
         ...
 
 

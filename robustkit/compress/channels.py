@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +13,15 @@ from torch.nn.utils import prune
 from robustkit.compress.base import CompressContext
 from robustkit.compress.masks import Masks
 from robustkit.errors import ModelError
+from robustkit.models.widths import NORMS
 from robustkit.params import Fraction, PositiveInt, Schedule
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A layer of a group: its output positions `local` hold the group's channels `channel`."""
+    """A layer of a group: its output (or, of a reader, input) positions `local` hold the channels `channel`."""
 
     name: str
     module: nn.Module
@@ -35,6 +35,10 @@ class ChannelGroup:
 
     width: int
     members: tuple[Member, ...]
+    readers: tuple[Member, ...] = ()
+    """Layers that take the channels in."""
+    others: tuple[str, ...] = ()
+    """What else is as wide as the channels, and cannot be narrowed here (layer norms, parameters of their own)."""
 
     @property
     def name(self) -> str:
@@ -55,12 +59,13 @@ def channel_groups(model: nn.Module, example: Tensor) -> Iterator[ChannelGroup]:
             parameter.requires_grad_(True)
         with torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), example)
-        names = {module: name for name, module in model.named_modules()}
+        names: dict[object, str] = {module: name for name, module in model.named_modules()}
+        names |= {parameter: name for name, parameter in model.named_parameters()}
         ignored = [classifier(model)]
         for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=list(WEIGHTED)):
-            found = tuple(_members(group, graph, names))
-            if found:
-                yield ChannelGroup(len(group[0].idxs), found)
+            found = _group(group, graph, names)
+            if found.members:
+                yield found
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -68,12 +73,22 @@ def channel_groups(model: nn.Module, example: Tensor) -> Iterator[ChannelGroup]:
             module.training = mode
 
 
-def _members(group: object, graph: object, names: dict[nn.Module, str]) -> Iterator[Member]:
+def _group(group: object, graph: object, names: Mapping[object, str]) -> ChannelGroup:
+    members, readers, others = [], [], []
     for item in group:  # type: ignore[attr-defined]
         module = item.dep.target.module
+        if module not in names:
+            # An operation without weights: a sum, a concatenation, a reshape.
+            continue
         outputs = graph.is_out_channel_pruning_fn(item.dep.handler)  # type: ignore[attr-defined]
+        member = Member(names[module], module, torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs)))
         if outputs and isinstance(module, (*WEIGHTED, *NORMS)):
-            yield Member(names[module], module, torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs)))
+            members.append(member)
+        elif isinstance(module, WEIGHTED):
+            readers.append(member)
+        elif isinstance(module, nn.Parameter) or any(True for _ in module.parameters()):
+            others.append(names[module])
+    return ChannelGroup(len(group[0].idxs), tuple(members), tuple(readers), tuple(others))  # type: ignore[index]
 
 
 def classifier(model: nn.Module) -> nn.Module:
@@ -138,6 +153,11 @@ def dead_channels(model: nn.Module, example: Tensor) -> list[tuple[str, int, int
 
 def count_dead(group: ChannelGroup) -> int:
     """Return how many channels of a group are zero in all of its layers."""
+    return int(dead_of(group).sum())
+
+
+def dead_of(group: ChannelGroup) -> Tensor:
+    """Return which channels (width,) of a group are zero in all of its layers: weights, biases and norms."""
     dead = torch.ones(group.width, dtype=torch.bool)
     for member in group.members:
         weight, bias = member.module.weight, member.module.bias
@@ -146,7 +166,7 @@ def count_dead(group: ChannelGroup) -> int:
         if isinstance(bias, Tensor):
             zero = zero & (bias.detach() == 0)
         dead[member.channel] &= zero.cpu()[member.local]
-    return int(dead.sum())
+    return dead
 
 
 @dataclass(frozen=True)

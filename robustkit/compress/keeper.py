@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
-from robustkit.compress.base import CompressContext, Compressor, Counting, cubic_sparsity
+from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, cubic_sparsity
 from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.prune import TorchMethod
+from robustkit.data.split import Split
 from robustkit.errors import ModelError, UsageError
 from robustkit.results import Flag
 from robustkit.seeding import derive_seed
@@ -43,7 +44,8 @@ class MaskKeeper(Defense):
 
     The masks stand beside a plain model and are applied after every optimizer step, so that no momentum, weight decay
     or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero. `held`: masks that
-    the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held.
+    the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held. `train`:
+    training images for methods that look at them. Finishers (shrink) run in `finish`, after the training.
     """
 
     def __init__(
@@ -55,10 +57,14 @@ class MaskKeeper(Defense):
         example: Tensor,
         threat: Threat,
         held: Masks | None = None,
+        train: Split | None = None,
     ) -> None:
-        self.compressors = [as_compressor(made) for made in compressors]
+        self.finishers = [made for made in compressors if isinstance(made, Finisher)]
+        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, Finisher)]
         self.masks = Masks()
         self.flags: list[Flag] = []
+        self.notes: list[str] = []
+        self._train = train
         self._inherit = inherit
         self._held = held or Masks()
         self._seed = context_seed
@@ -132,10 +138,11 @@ class MaskKeeper(Defense):
         ]
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """Complete schedules that the training left open, with a flag; apply the masks and check what was reached.
+        """Complete schedules that the training left open, with a flag; apply the masks, check them, run the finishers.
 
         Raises:
-            ModelError: the sparsity is not what was asked, or a layer is empty that nobody asked to empty.
+            ModelError: the sparsity is not what was asked, or a layer is empty that nobody asked to empty, or a
+                finisher failed.
         """
         for number in self._left():
             method = self.compressors[number]
@@ -144,6 +151,8 @@ class MaskKeeper(Defense):
             self._done[number] = method.updates
         self.masks.apply_(model)
         self._check(model)
+        for number, finisher in enumerate(self.finishers):
+            model = finisher.finish(model, self._made(model, derive_seed(self._seed, "finish", number)))
         return model
 
     def _check(self, model: nn.Module) -> None:
@@ -158,8 +167,13 @@ class MaskKeeper(Defense):
                 raise ModelError(f"pruning emptied {name}; lower the sparsity{hint}")
 
     def _context(self, model: nn.Module, number: int = 0) -> CompressContext:
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, number, self._done[number]))
-        return CompressContext(self._example.to(next(model.parameters()).device), generator, self._threat)
+        return self._made(model, derive_seed(self._seed, number, self._done[number] if self._done else 0))
+
+    def _made(self, model: nn.Module, seed: int) -> CompressContext:
+        example = self._example.to(next(model.parameters()).device)
+        return CompressContext(
+            example, torch.Generator().manual_seed(seed), self._threat, self._train, self.notes.append
+        )
 
     def _advance(self, model: nn.Module, number: int, sparsity: float) -> None:
         method = self.compressors[number]

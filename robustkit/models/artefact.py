@@ -17,7 +17,9 @@ from robustkit import registry
 from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_inner
+from robustkit.models.meta import without_memory
 from robustkit.models.normalized import Normalized
+from robustkit.models.widths import Width, apply_widths, widths_of
 from robustkit.recipe.spec import Use
 from robustkit.store import write_atomic
 
@@ -35,12 +37,19 @@ class Architecture(BaseModel):
     parameters: dict[str, Any] = {}
     shape: Shape
     classes: tuple[str, ...] = Field(min_length=2)
+    widths: dict[str, Width] = {}
+    """Layers that are narrower than the model's own, by name: those of a shrunk model."""
 
 
 def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str]) -> None:
-    """Write a model that was made by `build_model`; atomically."""
+    """Write a model that was made by `build_model`, shrunk or not; atomically."""
     described = Architecture(
-        format=FORMAT, model=use.name, parameters=use.parameters, shape=shape, classes=tuple(classes)
+        format=FORMAT,
+        model=use.name,
+        parameters=use.parameters,
+        shape=shape,
+        classes=tuple(classes),
+        widths=widths_of(model),
     )
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
@@ -107,11 +116,13 @@ def _skeleton(
     channels = described.shape[0]
     try:
         # On the meta device nothing is allocated, whatever sizes the file claims.
-        with torch.device("meta" if on_meta else "cpu"):
+        with without_memory(use.name) if on_meta else torch.device("cpu"):
             inner = build_inner(
                 use, shape=described.shape, classes=len(described.classes), folder=folder, plugins=plugins
             )
-            return without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels))
+            model = without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels))
+            apply_widths(model, described.widths)
+            return model
     except (ModelError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
 

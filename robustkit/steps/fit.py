@@ -29,7 +29,7 @@ LAST = "last.safetensors"
 def fit_step(bench: Workbench, step: Step) -> None:
     """Make a variant: its parent's weights or new ones, compressed, trained, saved as best and last."""
     variant = bench.recipe.variant(step.variant)
-    data = bench.dataset(variant.train.validation) if variant.train else bench.any_dataset()
+    data = bench.dataset(_validation(bench, variant))
     arrived = _start(bench, variant, step, data)
     keeper = _keeper(bench, variant, step, data, hook_masks(arrived))
     model = without_hooks(arrived).to(bench.device)
@@ -68,8 +68,17 @@ def fit_step(bench: Workbench, step: Step) -> None:
         model = keeper.finish(model)
         if keeper.flags:
             record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
+        record["notes"] = [*record.get("notes", []), *keeper.notes]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)
+
+
+def _validation(bench: Workbench, variant: VariantSpec) -> float:
+    """Return the share that a variant's training, or the last one before it, held out of the training images."""
+    while variant.train is None:
+        assert variant.parent is not None
+        variant = bench.recipe.variant(variant.parent)
+    return variant.train.validation
 
 
 def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Dataset, step: Step, name: str) -> None:
@@ -112,6 +121,7 @@ def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, h
         example=torch.zeros(2, *data.shape),
         threat=threat_of(variant.threat),
         held=held,
+        train=data.train,
     )
 
 

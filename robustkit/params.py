@@ -67,5 +67,5 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeVali
 PositiveInt = Annotated[int, Field(gt=0, strict=True), BeforeValidator(_to_integer)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_to_integer)]
 PathStr = Annotated[str, Field(min_length=1)]
-Schedule = Literal["one_shot", "cubic"]
-"""How a pruning method reaches its sparsity: at once, or along Zhu and Gupta's cubic schedule."""
+Schedule = Literal["one_shot", "cubic", "iterative"]
+"""How a pruning method reaches its sparsity: at once, along Zhu and Gupta's cubic schedule, or in equal steps."""

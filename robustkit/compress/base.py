@@ -92,6 +92,13 @@ class Finisher(Protocol):
         ...
 
 
+def scheduled_sparsity(schedule: Schedule, start: float, final: float, share: float) -> float:
+    """Return the sparsity after `share` in [0, 1] of a schedule's updates."""
+    if schedule == "iterative":
+        return start + (final - start) * min(1.0, max(0.0, share))
+    return cubic_sparsity(start, final, share) if schedule == "cubic" else final
+
+
 def cubic_sparsity(start: float, final: float, share: float) -> float:
     """Return the sparsity after `share` in [0, 1] of the schedule (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1)."""
     left = (1.0 - min(1.0, max(0.0, share))) ** 3

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,12 +122,18 @@ def channel_masks(model: nn.Module, current: Masks, sparsity: float, example: Te
     return group_masks(channel_groups(model, example), current, sparsity)
 
 
-def group_masks(groups: Iterable[ChannelGroup], current: Masks, sparsity: float) -> Masks:
-    """Return masks that drop round(sparsity * width) channels of these groups, at least one of each kept."""
+Score = Callable[[ChannelGroup, Masks], Tensor]
+"""(group, what is masked already) -> importance (width,); dead channels score 0, none less."""
+
+
+def group_masks(
+    groups: Iterable[ChannelGroup], current: Masks, sparsity: float, score_of: Score = group_score
+) -> Masks:
+    """Return masks that drop the round(sparsity * width) channels of the lowest scores, at least one of each kept."""
     found: dict[str, Tensor] = {}
     for group in groups:
         drop = dropped_of(sparsity, group.width)
-        score = group_score(group, current)
+        score = score_of(group, current)
         method = prune.LnStructured(amount=drop, n=1, dim=0)
         keep = method.compute_mask(score[:, None], torch.ones(group.width, 1))[:, 0]
         for member in group.members:
@@ -170,14 +177,22 @@ def dead_of(group: ChannelGroup) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ChannelL2:
-    """Prune the channels of the smallest L2 norm, the same ones in all coupled layers (Li et al. 2017)."""
+class ChannelPruning:
+    """Base of the methods that only differ in what a channel scores."""
 
     sparsity: Fraction
     schedule: Schedule = "one_shot"
     begin: Fraction = 0.0
     end: Fraction = 0.5
     updates: PositiveInt = 10
+
+    def prepare(self, model: nn.Module, context: CompressContext) -> dict[str, Tensor]:
+        """Return what the scores of all groups need, by name of layer or parameter."""
+        return {}
+
+    def score(self, group: ChannelGroup, current: Masks, prepared: dict[str, Tensor]) -> Tensor:
+        """Return the importance (width,) of a group's channels, none below 0."""
+        raise NotImplementedError
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
         """Return masks that drop this share of every group's channels.
@@ -186,14 +201,22 @@ class ChannelL2:
             ModelError: more of them are zero already than the final sparsity asks for.
         """
         groups = list(channel_groups(model, context.example))
+        dead = {group.name: dead_of(group) for group in groups}
         for group in groups:
-            dead = count_dead(group)
-            if dead > dropped_of(self.sparsity, group.width):
+            count = int(dead[group.name].sum())
+            if count > dropped_of(self.sparsity, group.width):
                 raise ModelError(
-                    f"{dead} of {group.width} channels of {group.name} are zero already; sparsity is the total, and "
+                    f"{count} of {group.width} channels of {group.name} are zero already; sparsity is the total, and "
                     f"{self.sparsity:.1%} is less than that"
                 )
-        return group_masks(groups, current, sparsity)
+        prepared = self.prepare(model, context)
+
+        def scored(group: ChannelGroup, held: Masks) -> Tensor:
+            score = self.score(group, held, prepared)
+            # A live channel may score 0 as well; what is dead goes first.
+            return score.clamp_min(torch.finfo(score.dtype).tiny) * ~dead[group.name]
+
+        return group_masks(groups, current, sparsity, scored)
 
     def reached(self, model: nn.Module, context: CompressContext) -> float:
         """Return the share of channels that are zero, over all groups."""
@@ -202,7 +225,17 @@ class ChannelL2:
 
     def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check that each group has as many zero channels as asked for; weights pruned singly may leave more."""
+        label = re.sub("(?<=.)(?=[A-Z])", "_", type(self).__name__).lower()
         for name, dead, width in dead_channels(model, context.example):
             wanted = dropped_of(self.sparsity, width)
             if dead < wanted:
-                raise ModelError(f"channel_l2: {dead} of {width} channels of {name} are zero, {wanted} were asked for")
+                raise ModelError(f"{label}: {dead} of {width} channels of {name} are zero, {wanted} were asked for")
+
+
+@dataclass(frozen=True)
+class ChannelL2(ChannelPruning):
+    """Prune the channels of the smallest L2 norm, the same ones in all coupled layers (Li et al. 2017)."""
+
+    def score(self, group: ChannelGroup, current: Masks, prepared: dict[str, Tensor]) -> Tensor:
+        """Return the L2 norms."""
+        return group_score(group, current)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
-from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, cubic_sparsity
+from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, scheduled_sparsity
 from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.prune import TorchMethod
 from robustkit.data.split import Split
@@ -117,12 +117,14 @@ class MaskKeeper(Defense):
     def after_step(self, step: Step) -> None:
         """Advance the schedules that are due and hold the masks."""
         for number, method in enumerate(self.compressors):
-            if method.schedule == "cubic":
+            if method.schedule != "one_shot":
                 due = updates_due(method, step.done)
                 if due > self._done[number]:
                     self._done[number] = due
-                    share = due / method.updates
-                    self._advance(step.model, number, cubic_sparsity(self._start[number], method.sparsity, share))
+                    reached = scheduled_sparsity(
+                        method.schedule, self._start[number], method.sparsity, due / method.updates
+                    )
+                    self._advance(step.model, number, reached)
         self.masks.apply_(step.model)
 
     def ready(self, step: Step) -> bool:
@@ -134,7 +136,7 @@ class MaskKeeper(Defense):
         return [
             number
             for number, method in enumerate(self.compressors)
-            if method.schedule == "cubic" and self._done[number] < method.updates
+            if method.schedule != "one_shot" and self._done[number] < method.updates
         ]
 
     def finish(self, model: nn.Module) -> nn.Module:
@@ -171,9 +173,12 @@ class MaskKeeper(Defense):
 
     def _made(self, model: nn.Module, seed: int) -> CompressContext:
         example = self._example.to(next(model.parameters()).device)
-        return CompressContext(
-            example, torch.Generator().manual_seed(seed), self._threat, self._train, self.notes.append
-        )
+        return CompressContext(example, torch.Generator().manual_seed(seed), self._threat, self._train, self._note)
+
+    def _note(self, message: str) -> None:
+        # Masks are made more than once: rehearsed, then for good, then at each update.
+        if message not in self.notes:
+            self.notes.append(message)
 
     def _advance(self, model: nn.Module, number: int, sparsity: float) -> None:
         method = self.compressors[number]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -31,6 +31,8 @@ class CompressContext:
     """Training images, without those of the validation split; the test split is nobody's to prune by."""
     note: Callable[[str], None] = _unheard
     """note(message): goes into the report of the variant."""
+    early: Callable[[int], Mapping[str, Tensor]] | None = None
+    """early(epoch): the weights after an epoch of the first training in the line; 0 is before it."""
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
         """Return random training images (N, C, H, W) in [0, 1] and labels (N,) on the model's device, N <= count.
@@ -80,6 +82,15 @@ class Counting(Protocol):
 
     def reached(self, model: nn.Module, context: CompressContext) -> float:
         """Return the sparsity that the model has, in [0, 1], as the method counts it."""
+        ...
+
+
+@runtime_checkable
+class Starter(Protocol):
+    """What is done to the weights of a pruned model before its training, once the masks are chosen."""
+
+    def start(self, model: nn.Module, context: CompressContext) -> None:
+        """Change the weights in place; the masks are applied again afterwards."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
-from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, scheduled_sparsity
+from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, Starter, scheduled_sparsity
 from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.prune import TorchMethod
 from robustkit.data.split import Split
@@ -45,7 +45,8 @@ class MaskKeeper(Defense):
     The masks stand beside a plain model and are applied after every optimizer step, so that no momentum, weight decay
     or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero. `held`: masks that
     the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held. `train`:
-    training images for methods that look at them. Finishers (shrink) run in `finish`, after the training.
+    training images for methods that look at them; `early`: weights after an epoch, for methods that go back to them.
+    Starters (rewind) run before the training, finishers (shrink) in `finish`, after it.
     """
 
     def __init__(
@@ -58,13 +59,16 @@ class MaskKeeper(Defense):
         threat: Threat,
         held: Masks | None = None,
         train: Split | None = None,
+        early: Callable[[int], Mapping[str, Tensor]] | None = None,
     ) -> None:
+        self.starters = [made for made in compressors if isinstance(made, Starter)]
         self.finishers = [made for made in compressors if isinstance(made, Finisher)]
-        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, Finisher)]
+        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, Starter | Finisher)]
         self.masks = Masks()
         self.flags: list[Flag] = []
         self.notes: list[str] = []
         self._train = train
+        self._early = early
         self._inherit = inherit
         self._held = held or Masks()
         self._seed = context_seed
@@ -81,6 +85,9 @@ class MaskKeeper(Defense):
             self._start.append(self._reached(model, method))
             if method.schedule == "one_shot":
                 self._advance(model, number, method.sparsity)
+        for number, starter in enumerate(self.starters):
+            starter.start(model, self._made(model, derive_seed(self._seed, "start", number)))
+            self.masks.apply_(model)
         return model
 
     def compress(self, model: nn.Module) -> nn.Module:
@@ -126,6 +133,12 @@ class MaskKeeper(Defense):
                     )
                     self._advance(step.model, number, reached)
         self.masks.apply_(step.model)
+
+    def evaluated_model(self, model: nn.Module) -> nn.Module:
+        """Hold the masks in averaged weights too: a weight lives on in its average after it was dropped."""
+        if set(self.masks.tensors) <= set(dict(model.named_parameters())):
+            self.masks.apply_(model)
+        return model
 
     def ready(self, step: Step) -> bool:
         """Say whether every schedule has reached its sparsity."""
@@ -173,7 +186,9 @@ class MaskKeeper(Defense):
 
     def _made(self, model: nn.Module, seed: int) -> CompressContext:
         example = self._example.to(next(model.parameters()).device)
-        return CompressContext(example, torch.Generator().manual_seed(seed), self._threat, self._train, self._note)
+        return CompressContext(
+            example, torch.Generator().manual_seed(seed), self._threat, self._train, self._note, self._early
+        )
 
     def _note(self, message: str) -> None:
         # Masks are made more than once: rehearsed, then for good, then at each update.

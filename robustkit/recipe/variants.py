@@ -13,6 +13,7 @@ from robustkit.recipe.document import PathTuple
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
 from robustkit.recipe.parts import read_threat, read_train
 from robustkit.recipe.reader import Reader
+from robustkit.recipe.rewind import rewind_problem
 from robustkit.recipe.spec import EXCLUSIVE_HOOKS, ThreatSpec, TrainSpec, Use, VariantSpec
 
 KEYS = ("matrix", "from", "model", "threat", "defenses", "compress", "train")
@@ -164,6 +165,9 @@ def _variant(
         reader.problem(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )
+    wrong = None if lost else rewind_problem(compress, parent, trains, done)
+    if wrong is not None:
+        reader.problem((*path, "compress"), *wrong)
     if trains:
         _check_exclusive(reader, draft, defenses)
     if chosen is None or lost:

@@ -35,8 +35,11 @@ def test_half_the_channels_of_resnet18_are_a_quarter_of_the_file_and_much_quicke
     assert largest_difference(loaded["masked"], loaded["shrunk"], torch.rand(16, *SHAPE)) < 1e-5
     times = measure_latency(loaded, SHAPE, torch.device("cpu"), batch_sizes=(1, 64), runs=20)
     for name, one in loaded.items():
-        medians = ", ".join(f"{batch} {value.median:.2f} ms" for batch, value in times[name].items())
+        medians = ", ".join(
+            f"{batch} {value.median:.2f} ms (from {value.q1:.2f})" for batch, value in times[name].items()
+        )
         print(f"{name}: {sizes[name]:,} bytes, {count_macs(one, SHAPE):,} MACs, {medians}")
     assert sizes["masked"] >= SMALLER * sizes["shrunk"]
     for batch, value in times["masked"].items():
-        assert value.median >= FASTER * times["shrunk"][batch].median, batch
+        # The lower quartile: what else the machine does only ever makes a run slower.
+        assert value.q1 >= FASTER * times["shrunk"][batch].q1, batch

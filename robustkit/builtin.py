@@ -57,6 +57,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "grasp": "robustkit.compress.scored:Grasp",
         "synflow": "robustkit.compress.scored:Synflow",
         "taylor": "robustkit.compress.scored:Taylor",
+        "hydra": "robustkit.compress.hydra:Hydra",
         "n_m": "robustkit.compress.semistructured:NM",
         "channel_l2": "robustkit.compress.channels:ChannelL2",
         "channel_l1": "robustkit.compress.channel_criteria:ChannelL1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from robustkit.compress.masks import Masks
 from robustkit.data.split import Split
 from robustkit.errors import ModelError
 from robustkit.params import Schedule
+from robustkit.train.hooks import Defense
 
 
 def _unheard(message: str) -> None:
@@ -33,6 +34,8 @@ class CompressContext:
     """note(message): goes into the report of the variant."""
     early: Callable[[int], Mapping[str, Tensor]] | None = None
     """early(epoch): the weights after an epoch of the first training in the line; 0 is before it."""
+    defenses: Sequence[tuple[str, Defense]] = ()
+    """The variant's defenses with their labels, for methods that learn with its loss."""
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
         """Return random training images (N, C, H, W) in [0, 1] and labels (N,) on the model's device, N <= count.

@@ -45,7 +45,8 @@ class MaskKeeper(Defense):
     The masks stand beside a plain model and are applied after every optimizer step, so that no momentum, weight decay
     or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero. `held`: masks that
     the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held. `train`:
-    training images for methods that look at them; `early`: weights after an epoch, for methods that go back to them.
+    training images for methods that look at them; `early`: weights after an epoch, for methods that go back to them;
+    `defenses`: the variant's, for methods that learn with its loss.
     Starters (rewind) run before the training, finishers (shrink) in `finish`, after it.
     """
 
@@ -60,6 +61,7 @@ class MaskKeeper(Defense):
         held: Masks | None = None,
         train: Split | None = None,
         early: Callable[[int], Mapping[str, Tensor]] | None = None,
+        defenses: Sequence[tuple[str, Defense]] = (),
     ) -> None:
         self.starters = [made for made in compressors if isinstance(made, Starter)]
         self.finishers = [made for made in compressors if isinstance(made, Finisher)]
@@ -69,6 +71,7 @@ class MaskKeeper(Defense):
         self.notes: list[str] = []
         self._train = train
         self._early = early
+        self._defenses = tuple(defenses)
         self._inherit = inherit
         self._held = held or Masks()
         self._seed = context_seed
@@ -80,11 +83,15 @@ class MaskKeeper(Defense):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Take over the zeros of the parent and of hooks, then apply every one-shot method."""
         model = self._begin(model)
-        self._rehearse(model)
+        scheduled = any(method.schedule != "one_shot" for method in self.compressors)
+        if scheduled:
+            self._rehearse(model)
         for number, method in enumerate(self.compressors):
             self._start.append(self._reached(model, method))
             if method.schedule == "one_shot":
                 self._advance(model, number, method.sparsity)
+        if not scheduled:
+            self._check(model)
         for number, starter in enumerate(self.starters):
             starter.start(model, self._made(model, derive_seed(self._seed, "start", number)))
             self.masks.apply_(model)
@@ -186,9 +193,8 @@ class MaskKeeper(Defense):
 
     def _made(self, model: nn.Module, seed: int) -> CompressContext:
         example = self._example.to(next(model.parameters()).device)
-        return CompressContext(
-            example, torch.Generator().manual_seed(seed), self._threat, self._train, self._note, self._early
-        )
+        generator = torch.Generator().manual_seed(seed)
+        return CompressContext(example, generator, self._threat, self._train, self._note, self._early, self._defenses)
 
     def _note(self, message: str) -> None:
         # Masks are made more than once: rehearsed, then for good, then at each update.

@@ -129,6 +129,7 @@ def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, h
         held=held,
         train=data.train,
         early=lambda epoch: _early(bench, variant, step, data, epoch),
+        defenses=_defenses(bench, variant, None),
     )
 
 

@@ -65,6 +65,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "channel_bn_scale": "robustkit.compress.channel_criteria:ChannelBnScale",
         "channel_taylor": "robustkit.compress.channel_criteria:ChannelTaylor",
         "channel_random": "robustkit.compress.channel_criteria:ChannelRandom",
+        "budget": "robustkit.compress.budget:Budget",
         "rewind": "robustkit.compress.rewind:Rewind",
         "recalibrate": "robustkit.compress.recalibrate:Recalibrate",
         "shrink": "robustkit.compress.shrink:Shrink",

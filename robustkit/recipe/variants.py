@@ -9,6 +9,7 @@ from typing import Any
 from robustkit import registry
 from robustkit.classes import hooks_of
 from robustkit.errors import UsageError, did_you_mean
+from robustkit.recipe.budget import budget_problem
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
 from robustkit.recipe.parts import read_threat, read_train
@@ -166,8 +167,9 @@ def _variant(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )
     wrong = None if lost else rewind_problem(compress, parent, trains, done)
-    if wrong is not None:
-        reader.problem((*path, "compress"), *wrong)
+    for problem in (wrong, budget_problem(compress)):
+        if problem is not None:
+            reader.problem((*path, "compress"), *problem)
     if trains:
         _check_exclusive(reader, draft, defenses)
     if chosen is None or lost:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 _PLAIN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _DURATION = re.compile(r"(?:(\d+\.?\d*)h)?\s*(?:(\d+\.?\d*)m)?\s*(?:(\d+\.?\d*)s)?")
+_SIZE = re.compile(r"(\d+\.?\d*)\s*([kKmMgG]?)[bB]?")
 _NUMBER = re.compile(rf"({_PLAIN})(?:\s*/\s*({_PLAIN}))?\s*(%)?")
 
 
@@ -75,6 +76,15 @@ def _to_seconds(value: object) -> object:
     return _to_number(value)
 
 
+def _to_bytes(value: object) -> object:
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f"{value!r} is not a size; write it as 500000, 500kB or 1.5MB")
+        return round(float(match.group(1)) * 1000 ** " kmg".index(match.group(2).lower() or " "))
+    return _to_integer(value)
+
+
 Number = Annotated[float, BeforeValidator(_to_number), Field(allow_inf_nan=False)]
 Integer = Annotated[int, BeforeValidator(_to_integer), Field(strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_fraction_hint)]
@@ -87,6 +97,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_to_in
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_to_seconds)]
 Magnitude = Annotated[int, Field(ge=0, le=30, strict=True), BeforeValidator(_to_integer)]
 """How strong RandAugment's operations are, on its scale of 31 levels."""
+Bytes = Annotated[int, Field(gt=0), BeforeValidator(_to_bytes)]
 PathStr = Annotated[str, Field(min_length=1)]
-Schedule = Literal["one_shot", "cubic"]
-"""How a pruning method reaches its sparsity: at once, or along Zhu and Gupta's cubic schedule."""
+Schedule = Literal["one_shot", "cubic", "iterative"]
+"""How a pruning method reaches its sparsity: at once, along Zhu and Gupta's cubic schedule, or in equal steps."""

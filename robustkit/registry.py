@@ -201,8 +201,14 @@ def check_parameters(entry: Entry, given: Mapping[str, Any]) -> tuple[dict[str, 
         from robustkit.models.torchvision_signatures import WEIGHTS
 
         mistakes = [(name, WEIGHTS if name == "weights" else what) for name, what in mistakes]
-    if clean.get("schedule") == "cubic" and is_torch_pruning(entry) and not _is_share(clean.get("amount")):
-        mistakes.append(("schedule", f"cubic: {entry.name} needs an `amount` that is a share in [0, 1], e.g. 50%"))
+    if (
+        clean.get("schedule", "one_shot") != "one_shot"
+        and is_torch_pruning(entry)
+        and not _is_share(clean.get("amount"))
+    ):
+        mistakes.append(
+            ("schedule", f"{clean['schedule']}: {entry.name} needs an `amount` that is a share in [0, 1], e.g. 50%")
+        )
     return clean, mistakes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.masks import Masks
+from robustkit.data.split import Split
+from robustkit.errors import ModelError
 from robustkit.params import Schedule
+from robustkit.train.hooks import Defense
+
+
+def _unheard(message: str) -> None:
+    """Take a note that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,27 @@ class CompressContext:
     example: Tensor
     generator: torch.Generator
     threat: Threat
+    train: Split | None = None
+    """Training images, without those of the validation split; the test split is nobody's to prune by."""
+    note: Callable[[str], None] = _unheard
+    """note(message): goes into the report of the variant."""
+    early: Callable[[int], Mapping[str, Tensor]] | None = None
+    """early(epoch): the weights after an epoch of the first training in the line; 0 is before it."""
+    defenses: Sequence[tuple[str, Defense]] = ()
+    """The variant's defenses with their labels, for methods that learn with its loss."""
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return random training images (N, C, H, W) in [0, 1] and labels (N,) on the model's device, N <= count.
+
+        Raises:
+            ModelError: there are no training images.
+        """
+        if self.train is None or not len(self.train):
+            raise ModelError("this method needs training images; pass `train` to MaskKeeper")
+        chosen = torch.randperm(len(self.train), generator=self.generator)[:count]
+        drawn = self.train.select(chosen)
+        device = self.example.device
+        return drawn.floats(0, len(drawn)).to(device), drawn.labels.to(device)
 
 
 @runtime_checkable
@@ -57,6 +86,31 @@ class Counting(Protocol):
     def reached(self, model: nn.Module, context: CompressContext) -> float:
         """Return the sparsity that the model has, in [0, 1], as the method counts it."""
         ...
+
+
+@runtime_checkable
+class Starter(Protocol):
+    """What is done to the weights of a pruned model before its training, once the masks are chosen."""
+
+    def start(self, model: nn.Module, context: CompressContext) -> None:
+        """Change the weights in place; the masks are applied again afterwards."""
+        ...
+
+
+@runtime_checkable
+class Finisher(Protocol):
+    """What is done to a pruned model after its training; in the order of the recipe."""
+
+    def finish(self, model: nn.Module, context: CompressContext) -> nn.Module:
+        """Return the finished model; what is worth telling goes to `context.note`."""
+        ...
+
+
+def scheduled_sparsity(schedule: Schedule, start: float, final: float, share: float) -> float:
+    """Return the sparsity after `share` in [0, 1] of a schedule's updates."""
+    if schedule == "iterative":
+        return start + (final - start) * min(1.0, max(0.0, share))
+    return cubic_sparsity(start, final, share) if schedule == "cubic" else final
 
 
 def cubic_sparsity(start: float, final: float, share: float) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +14,15 @@ from torch.nn.utils import prune
 from robustkit.compress.base import CompressContext
 from robustkit.compress.masks import Masks
 from robustkit.errors import ModelError
+from robustkit.models.widths import NORMS
 from robustkit.params import Fraction, PositiveInt, Schedule
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A layer of a group: its output positions `local` hold the group's channels `channel`."""
+    """A layer of a group: its output (or, of a reader, input) positions `local` hold the channels `channel`."""
 
     name: str
     module: nn.Module
@@ -35,6 +36,10 @@ class ChannelGroup:
 
     width: int
     members: tuple[Member, ...]
+    readers: tuple[Member, ...] = ()
+    """Layers that take the channels in."""
+    others: tuple[str, ...] = ()
+    """What else is as wide as the channels, and cannot be narrowed here (layer norms, parameters of their own)."""
 
     @property
     def name(self) -> str:
@@ -55,12 +60,13 @@ def channel_groups(model: nn.Module, example: Tensor) -> Iterator[ChannelGroup]:
             parameter.requires_grad_(True)
         with torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(model.eval(), example)
-        names = {module: name for name, module in model.named_modules()}
+        names: dict[object, str] = {module: name for name, module in model.named_modules()}
+        names |= {parameter: name for name, parameter in model.named_parameters()}
         ignored = [classifier(model)]
         for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=list(WEIGHTED)):
-            found = tuple(_members(group, graph, names))
-            if found:
-                yield ChannelGroup(len(group[0].idxs), found)
+            found = _group(group, graph, names)
+            if found.members:
+                yield found
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -68,12 +74,22 @@ def channel_groups(model: nn.Module, example: Tensor) -> Iterator[ChannelGroup]:
             module.training = mode
 
 
-def _members(group: object, graph: object, names: dict[nn.Module, str]) -> Iterator[Member]:
+def _group(group: object, graph: object, names: Mapping[object, str]) -> ChannelGroup:
+    members, readers, others = [], [], []
     for item in group:  # type: ignore[attr-defined]
         module = item.dep.target.module
+        if module not in names:
+            # An operation without weights: a sum, a concatenation, a reshape.
+            continue
         outputs = graph.is_out_channel_pruning_fn(item.dep.handler)  # type: ignore[attr-defined]
+        member = Member(names[module], module, torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs)))
         if outputs and isinstance(module, (*WEIGHTED, *NORMS)):
-            yield Member(names[module], module, torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs)))
+            members.append(member)
+        elif isinstance(module, WEIGHTED):
+            readers.append(member)
+        elif isinstance(module, nn.Parameter) or any(True for _ in module.parameters()):
+            others.append(names[module])
+    return ChannelGroup(len(group[0].idxs), tuple(members), tuple(readers), tuple(others))  # type: ignore[index]
 
 
 def classifier(model: nn.Module) -> nn.Module:
@@ -106,12 +122,18 @@ def channel_masks(model: nn.Module, current: Masks, sparsity: float, example: Te
     return group_masks(channel_groups(model, example), current, sparsity)
 
 
-def group_masks(groups: Iterable[ChannelGroup], current: Masks, sparsity: float) -> Masks:
-    """Return masks that drop round(sparsity * width) channels of these groups, at least one of each kept."""
+Score = Callable[[ChannelGroup, Masks], Tensor]
+"""(group, what is masked already) -> importance (width,); dead channels score 0, none less."""
+
+
+def group_masks(
+    groups: Iterable[ChannelGroup], current: Masks, sparsity: float, score_of: Score = group_score
+) -> Masks:
+    """Return masks that drop the round(sparsity * width) channels of the lowest scores, at least one of each kept."""
     found: dict[str, Tensor] = {}
     for group in groups:
         drop = dropped_of(sparsity, group.width)
-        score = group_score(group, current)
+        score = score_of(group, current)
         method = prune.LnStructured(amount=drop, n=1, dim=0)
         keep = method.compute_mask(score[:, None], torch.ones(group.width, 1))[:, 0]
         for member in group.members:
@@ -138,6 +160,11 @@ def dead_channels(model: nn.Module, example: Tensor) -> list[tuple[str, int, int
 
 def count_dead(group: ChannelGroup) -> int:
     """Return how many channels of a group are zero in all of its layers."""
+    return int(dead_of(group).sum())
+
+
+def dead_of(group: ChannelGroup) -> Tensor:
+    """Return which channels (width,) of a group are zero in all of its layers: weights, biases and norms."""
     dead = torch.ones(group.width, dtype=torch.bool)
     for member in group.members:
         weight, bias = member.module.weight, member.module.bias
@@ -146,18 +173,26 @@ def count_dead(group: ChannelGroup) -> int:
         if isinstance(bias, Tensor):
             zero = zero & (bias.detach() == 0)
         dead[member.channel] &= zero.cpu()[member.local]
-    return int(dead.sum())
+    return dead
 
 
 @dataclass(frozen=True)
-class ChannelL2:
-    """Prune the channels of the smallest L2 norm, the same ones in all coupled layers (Li et al. 2017)."""
+class ChannelPruning:
+    """Base of the methods that only differ in what a channel scores."""
 
     sparsity: Fraction
     schedule: Schedule = "one_shot"
     begin: Fraction = 0.0
     end: Fraction = 0.5
     updates: PositiveInt = 10
+
+    def prepare(self, model: nn.Module, context: CompressContext) -> dict[str, Tensor]:
+        """Return what the scores of all groups need, by name of layer or parameter."""
+        return {}
+
+    def score(self, group: ChannelGroup, current: Masks, prepared: dict[str, Tensor]) -> Tensor:
+        """Return the importance (width,) of a group's channels, none below 0."""
+        raise NotImplementedError
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
         """Return masks that drop this share of every group's channels.
@@ -166,14 +201,22 @@ class ChannelL2:
             ModelError: more of them are zero already than the final sparsity asks for.
         """
         groups = list(channel_groups(model, context.example))
+        dead = {group.name: dead_of(group) for group in groups}
         for group in groups:
-            dead = count_dead(group)
-            if dead > dropped_of(self.sparsity, group.width):
+            count = int(dead[group.name].sum())
+            if count > dropped_of(self.sparsity, group.width):
                 raise ModelError(
-                    f"{dead} of {group.width} channels of {group.name} are zero already; sparsity is the total, and "
+                    f"{count} of {group.width} channels of {group.name} are zero already; sparsity is the total, and "
                     f"{self.sparsity:.1%} is less than that"
                 )
-        return group_masks(groups, current, sparsity)
+        prepared = self.prepare(model, context)
+
+        def scored(group: ChannelGroup, held: Masks) -> Tensor:
+            score = self.score(group, held, prepared)
+            # A live channel may score 0 as well; what is dead goes first.
+            return score.clamp_min(torch.finfo(score.dtype).tiny) * ~dead[group.name]
+
+        return group_masks(groups, current, sparsity, scored)
 
     def reached(self, model: nn.Module, context: CompressContext) -> float:
         """Return the share of channels that are zero, over all groups."""
@@ -182,7 +225,17 @@ class ChannelL2:
 
     def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check that each group has as many zero channels as asked for; weights pruned singly may leave more."""
+        label = re.sub("(?<=.)(?=[A-Z])", "_", type(self).__name__).lower()
         for name, dead, width in dead_channels(model, context.example):
             wanted = dropped_of(self.sparsity, width)
             if dead < wanted:
-                raise ModelError(f"channel_l2: {dead} of {width} channels of {name} are zero, {wanted} were asked for")
+                raise ModelError(f"{label}: {dead} of {width} channels of {name} are zero, {wanted} were asked for")
+
+
+@dataclass(frozen=True)
+class ChannelL2(ChannelPruning):
+    """Prune the channels of the smallest L2 norm, the same ones in all coupled layers (Li et al. 2017)."""
+
+    def score(self, group: ChannelGroup, current: Masks, prepared: dict[str, Tensor]) -> Tensor:
+        """Return the L2 norms."""
+        return group_score(group, current)

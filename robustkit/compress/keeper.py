@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
-from robustkit.compress.base import CompressContext, Compressor, Counting, cubic_sparsity
+from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, Starter, scheduled_sparsity
 from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.torch_methods import TorchMethod
+from robustkit.data.split import Split
 from robustkit.errors import ModelError, UsageError
 from robustkit.results import Flag
 from robustkit.seeding import derive_seed
@@ -43,7 +44,10 @@ class MaskKeeper(Defense):
 
     The masks stand beside a plain model and are applied after every optimizer step, so that no momentum, weight decay
     or averaging brings a zero back. `inherit`: what is zero in the model at the start stays zero. `held`: masks that
-    the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held.
+    the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held. `train`:
+    training images for methods that look at them; `early`: weights after an epoch, for methods that go back to them;
+    `defenses`: the variant's, for methods that learn with its loss.
+    Starters (rewind) run before the training, finishers (shrink) in `finish`, after it.
     """
 
     def __init__(
@@ -55,10 +59,19 @@ class MaskKeeper(Defense):
         example: Tensor,
         threat: Threat,
         held: Masks | None = None,
+        train: Split | None = None,
+        early: Callable[[int], Mapping[str, Tensor]] | None = None,
+        defenses: Sequence[tuple[str, Defense]] = (),
     ) -> None:
-        self.compressors = [as_compressor(made) for made in compressors]
+        self.starters = [made for made in compressors if isinstance(made, Starter)]
+        self.finishers = [made for made in compressors if isinstance(made, Finisher)]
+        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, Starter | Finisher)]
         self.masks = Masks()
         self.flags: list[Flag] = []
+        self.notes: list[str] = []
+        self._train = train
+        self._early = early
+        self._defenses = tuple(defenses)
         self._inherit = inherit
         self._held = held or Masks()
         self._seed = context_seed
@@ -70,11 +83,18 @@ class MaskKeeper(Defense):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Take over the zeros of the parent and of hooks, then apply every one-shot method."""
         model = self._begin(model)
-        self._rehearse(model)
+        scheduled = any(method.schedule != "one_shot" for method in self.compressors)
+        if scheduled:
+            self._rehearse(model)
         for number, method in enumerate(self.compressors):
             self._start.append(self._reached(model, method))
             if method.schedule == "one_shot":
                 self._advance(model, number, method.sparsity)
+        if not scheduled:
+            self._check(model)
+        for number, starter in enumerate(self.starters):
+            starter.start(model, self._made(model, derive_seed(self._seed, "start", number)))
+            self.masks.apply_(model)
         return model
 
     def compress(self, model: nn.Module) -> nn.Module:
@@ -115,13 +135,21 @@ class MaskKeeper(Defense):
     def after_step(self, step: Step) -> None:
         """Advance the schedules that are due and hold the masks."""
         for number, method in enumerate(self.compressors):
-            if method.schedule == "cubic":
+            if method.schedule != "one_shot":
                 due = updates_due(method, step.done)
                 if due > self._done[number]:
                     self._done[number] = due
-                    share = due / method.updates
-                    self._advance(step.model, number, cubic_sparsity(self._start[number], method.sparsity, share))
+                    reached = scheduled_sparsity(
+                        method.schedule, self._start[number], method.sparsity, due / method.updates
+                    )
+                    self._advance(step.model, number, reached)
         self.masks.apply_(step.model)
+
+    def evaluated_model(self, model: nn.Module) -> nn.Module:
+        """Hold the masks in averaged weights too: a weight lives on in its average after it was dropped."""
+        if set(self.masks.tensors) <= set(dict(model.named_parameters())):
+            self.masks.apply_(model)
+        return model
 
     def ready(self, step: Step) -> bool:
         """Say whether every schedule has reached its sparsity."""
@@ -132,14 +160,15 @@ class MaskKeeper(Defense):
         return [
             number
             for number, method in enumerate(self.compressors)
-            if method.schedule == "cubic" and self._done[number] < method.updates
+            if method.schedule != "one_shot" and self._done[number] < method.updates
         ]
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """Complete schedules that the training left open, with a flag; apply the masks and check what was reached.
+        """Complete schedules that the training left open, with a flag; apply the masks, check them, run the finishers.
 
         Raises:
-            ModelError: the sparsity is not what was asked, or a layer is empty that nobody asked to empty.
+            ModelError: the sparsity is not what was asked, or a layer is empty that nobody asked to empty, or a
+                finisher failed.
         """
         for number in self._left():
             method = self.compressors[number]
@@ -148,6 +177,8 @@ class MaskKeeper(Defense):
             self._done[number] = method.updates
         self.masks.apply_(model)
         self._check(model)
+        for number, finisher in enumerate(self.finishers):
+            model = finisher.finish(model, self._made(model, derive_seed(self._seed, "finish", number)))
         return model
 
     def _check(self, model: nn.Module) -> None:
@@ -162,8 +193,17 @@ class MaskKeeper(Defense):
                 raise ModelError(f"pruning emptied {name}; lower the sparsity{hint}")
 
     def _context(self, model: nn.Module, number: int = 0) -> CompressContext:
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, number, self._done[number]))
-        return CompressContext(self._example.to(next(model.parameters()).device), generator, self._threat)
+        return self._made(model, derive_seed(self._seed, number, self._done[number] if self._done else 0))
+
+    def _made(self, model: nn.Module, seed: int) -> CompressContext:
+        example = self._example.to(next(model.parameters()).device)
+        generator = torch.Generator().manual_seed(seed)
+        return CompressContext(example, generator, self._threat, self._train, self._note, self._early, self._defenses)
+
+    def _note(self, message: str) -> None:
+        # Masks are made more than once: rehearsed, then for good, then at each update.
+        if message not in self.notes:
+            self.notes.append(message)
 
     def _advance(self, model: nn.Module, number: int, sparsity: float) -> None:
         method = self.compressors[number]

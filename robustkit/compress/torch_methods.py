@@ -31,12 +31,12 @@ class Timing:
 class TorchMethod:
     """A torch.nn.utils.prune method, applied to each layer; what it drops is its own affair.
 
-    one_shot: its `compute_mask` decides once, on the whole layer. cubic: it is asked again at each update of the
-    schedule, for what is left, as torch's `PruningContainer` asks a second method; its `amount`, a share in [0, 1], is
-    what is reached at the end.
+    one_shot: its `compute_mask` decides once, on the whole layer. cubic and iterative: it is asked again at each update
+    of the schedule, for what is left, as torch's `PruningContainer` asks a second method; its `amount`, a share in
+    [0, 1], is what is reached at the end.
 
     Raises:
-        UsageError: a cubic schedule for a method without an `amount` in [0, 1].
+        UsageError: a schedule for a method without an `amount` in [0, 1].
     """
 
     method: prune.BasePruningMethod
@@ -46,9 +46,9 @@ class TorchMethod:
     updates: int = 20
 
     def __post_init__(self) -> None:
-        if self.schedule == "cubic" and amount_of(self.method) is None:
+        if self.schedule != "one_shot" and amount_of(self.method) is None:
             raise UsageError(
-                f"{type(self.method).__name__}: a cubic schedule needs an `amount` that is a share in [0, 1]; "
+                f"{type(self.method).__name__}: a schedule needs an `amount` that is a share in [0, 1]; "
                 "leave schedule out to prune at once"
             )
 

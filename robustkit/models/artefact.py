@@ -17,8 +17,10 @@ from robustkit import registry
 from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_inner
+from robustkit.models.meta import without_memory
 from robustkit.models.normalized import Normalized
 from robustkit.models.vote import Vote
+from robustkit.models.widths import Width, apply_widths, widths_of
 from robustkit.recipe.spec import Use
 from robustkit.store import write_atomic
 
@@ -39,10 +41,12 @@ class Architecture(BaseModel):
     classes: tuple[str, ...] = Field(min_length=2)
     members: int = Field(0, ge=0, le=MAX_MEMBERS)
     """So many models of this architecture vote; 0: it is one model, which answers itself."""
+    widths: dict[str, Width] = {}
+    """Layers that are narrower than the model's own, by name: those of a shrunk model."""
 
 
 def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str]) -> None:
-    """Write a model that was made by `build_model`, or a vote of such; atomically."""
+    """Write a model that was made by `build_model`, shrunk or not, or a vote of such; atomically."""
     described = Architecture(
         format=FORMAT,
         model=use.name,
@@ -50,6 +54,7 @@ def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes:
         shape=shape,
         classes=tuple(classes),
         members=len(model.members) if isinstance(model, Vote) else 0,
+        widths=widths_of(model),
     )
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
@@ -116,13 +121,16 @@ def _skeleton(
     channels = described.shape[0]
     try:
         # On the meta device nothing is allocated, whatever sizes the file claims.
-        with torch.device("meta" if on_meta else "cpu"):
+        with without_memory(use.name) if on_meta else torch.device("cpu"):
             built = [
                 build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder, plugins=plugins)
                 for _ in range(max(1, described.members))
             ]
             whole = [without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels)) for inner in built]
-            return Vote(whole) if described.members else whole[0]
+            if described.members:
+                return Vote(whole)
+            apply_widths(whole[0], described.widths)
+            return whole[0]
     except (ModelError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from robustkit.recipe.rewind import kept_epochs
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
 Kind = Literal[
@@ -113,6 +114,7 @@ def _fit_step(
 ) -> Step:
     parent = fit_keys[variant.parent, seed] if variant.parent else None
     train = variant.train
+    kept = kept_epochs(recipe, variant)
     key = content_key(
         kind="fit",
         parent=parent,
@@ -124,6 +126,7 @@ def _fit_step(
         threat=_threat(variant.threat) if _meets_threat(variant) else None,
         train=_train(train, source_hash) if train else None,
         normalize=recipe.normalize.model_dump() if recipe.normalize and not parent else None,
+        **({"keep": kept} if kept else {}),
     )
     return Step("fit", key, variant.label, seed, (parent,) if parent else (), description=describe_variant(variant))
 

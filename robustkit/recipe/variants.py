@@ -9,10 +9,12 @@ from typing import Any
 from robustkit import registry
 from robustkit.classes import hooks_of
 from robustkit.errors import UsageError, did_you_mean
+from robustkit.recipe.budget import budget_problem
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
 from robustkit.recipe.parts import read_threat, read_train
 from robustkit.recipe.reader import Reader
+from robustkit.recipe.rewind import rewind_problem
 from robustkit.recipe.spec import EXCLUSIVE_HOOKS, ThreatSpec, TrainSpec, Use, VariantSpec
 
 KEYS = ("matrix", "from", "model", "threat", "defenses", "compress", "train")
@@ -164,6 +166,10 @@ def _variant(
         reader.problem(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )
+    wrong = None if lost else rewind_problem(compress, parent, trains, done)
+    for problem in (wrong, budget_problem(compress)):
+        if problem is not None:
+            reader.problem((*path, "compress"), *problem)
     if trains:
         _check_exclusive(reader, draft, defenses)
     _check_parted(reader, draft, parent, defenses)

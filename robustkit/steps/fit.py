@@ -4,33 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import safetensors.torch as safetensors
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustkit import registry
 from robustkit.checkpoint import StateFile
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import Masks, hook_masks, is_hooked, without_hooks
+from robustkit.compress.rewind import EpochKeeper
 from robustkit.data.split import Dataset
 from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.recipe.plan import Step, content_key
+from robustkit.recipe.rewind import kept_epochs, root_of
 from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
 from robustkit.steps.members import fit_members, owner_of, remove_states
-from robustkit.store import STATE
+from robustkit.store import STATE, write_atomic
 from robustkit.train.hooks import Defense, owned_hooks
 from robustkit.train.loop import fit
 from robustkit.workbench import MODEL, Workbench, threat_of
 
 LAST = "last.safetensors"
+EARLY = "epoch-{}.safetensors"
 
 
 def fit_step(bench: Workbench, step: Step) -> None:
     """Make a variant: its parent's weights or new ones, compressed, trained, saved as best and last."""
     variant = bench.recipe.variant(step.variant)
-    data = bench.dataset(variant.train.validation) if variant.train else bench.any_dataset()
+    data = bench.dataset(_validation(bench, variant))
     if variant.train and _parts(bench, variant):
         _fit_vote(bench, variant, step, data)
         return
@@ -40,7 +44,9 @@ def fit_step(bench: Workbench, step: Step) -> None:
     record: dict[str, Any] = {"variant": step.variant, "seed": step.seed}
     files: tuple[str, ...] = (MODEL,)
     if variant.train:
-        defenses = _defenses(bench, variant, keeper)
+        kept = kept_epochs(bench.recipe, variant)
+        epochs = EpochKeeper(kept)
+        defenses = [*_defenses(bench, variant, keeper), *([("epochs", epochs)] if kept else [])]
         fitted = fit(
             model,
             data,
@@ -67,13 +73,14 @@ def fit_step(bench: Workbench, step: Step) -> None:
         last = without_hooks(_start(bench, variant, step, data))
         last.load_state_dict(fitted.last_state)
         _save(bench, last, variant, data, step, LAST)
-        files = (MODEL, LAST)
+        files = (MODEL, LAST, *_keep_early(bench, step, epochs, kept))
     elif keeper is not None:
         model = keeper.compress(model)
     if keeper is not None:
         model = keeper.finish(model)
         if keeper.flags:
             record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
+        record["notes"] = [*record.get("notes", []), *keeper.notes]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)
 
@@ -100,6 +107,14 @@ def _fit_vote(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset)
     _save(bench, found.best, variant, data, step, MODEL)
     bench.store.finish(step.key, {"variant": step.variant, "seed": step.seed, **found.record}, (MODEL, LAST))
     remove_states(bench, step)
+
+
+def _validation(bench: Workbench, variant: VariantSpec) -> float:
+    """Return the share that a variant's training, or the last one before it, held out of the training images."""
+    while variant.train is None:
+        assert variant.parent is not None
+        variant = bench.recipe.variant(variant.parent)
+    return variant.train.validation
 
 
 def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Dataset, step: Step, name: str) -> None:
@@ -142,7 +157,29 @@ def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, h
         example=torch.zeros(2, *data.shape),
         threat=threat_of(variant.threat),
         held=held,
+        train=data.train,
+        early=lambda epoch: _early(bench, variant, step, data, epoch),
+        defenses=_defenses(bench, variant, None),
     )
+
+
+def _keep_early(bench: Workbench, step: Step, epochs: EpochKeeper, kept: tuple[int, ...]) -> tuple[str, ...]:
+    """Write the weights that other variants are rewound to, and return the names of the files."""
+    names = []
+    for epoch in kept:
+        weights = {name: value.cpu().contiguous() for name, value in epochs.weights(epoch).items()}
+        write_atomic(bench.store.step(step.key) / EARLY.format(epoch), safetensors.save(weights))
+        names.append(EARLY.format(epoch))
+    return tuple(names)
+
+
+def _early(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, epoch: int) -> dict[str, Tensor]:
+    """Return the weights that the first variant of a line had after an epoch of its training, or before it."""
+    root = root_of(variant, {one.label: one for one in bench.recipe.variants})
+    if epoch == 0:
+        return without_hooks(_build(bench, root, step, data)).state_dict()
+    key = bench.plan.fit_keys[root.label, step.seed]
+    return safetensors.load_file(bench.store.step(key) / EARLY.format(epoch))
 
 
 def _prunes_itself(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> bool:

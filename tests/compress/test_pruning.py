@@ -23,6 +23,7 @@ from robustkit.compress.costs import count_macs, measure_costs, measure_latency
 from robustkit.compress.keeper import MaskKeeper, as_compressor, updates_due
 from robustkit.compress.masks import Masks, plain_copy, prunable, sparsity_of, zero_masks
 from robustkit.compress.prune import GlobalL1, LayerL1, RandomWeights, global_masks, layer_masks, magnitude_scores
+from robustkit.data.split import Split, split_of
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.baseline_cnn import BaselineCnn
 from robustkit.models.resnet import ResNet
@@ -42,8 +43,15 @@ def context(channels: int = 1, side: int = 8) -> CompressContext:
     return CompressContext(torch.zeros(2, channels, side, side), torch.Generator().manual_seed(0), THREAT)
 
 
+def images(shape: tuple[int, int, int] = (1, 8, 8)) -> Split:
+    drawn = torch.randint(0, 256, (40, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return split_of(drawn, torch.arange(40) % 10)
+
+
 def keeper(*methods: object, inherit: bool = False, shape: tuple[int, int, int] = (1, 8, 8)) -> MaskKeeper:
-    return MaskKeeper(methods, inherit=inherit, context_seed=0, example=torch.zeros(2, *shape), threat=THREAT)
+    return MaskKeeper(
+        methods, inherit=inherit, context_seed=0, example=torch.zeros(2, *shape), threat=THREAT, train=images(shape)
+    )
 
 
 def zeros(model: nn.Module) -> tuple[int, int]:
@@ -162,6 +170,18 @@ def test_a_cubic_schedule_rises_as_in_the_paper() -> None:
     assert cubic_sparsity(0.2, 0.8, 0.5) == pytest.approx(0.8 - 0.6 * 0.125)
     method = GlobalL1(0.8, schedule="cubic", begin=0.2, end=0.6, updates=4)
     assert [updates_due(method, share) for share in (0, 0.19, 0.2, 0.3, 0.45, 0.6, 1)] == [0, 0, 0, 1, 2, 4, 4]
+
+
+def test_an_iterative_schedule_rises_in_equal_steps() -> None:
+    model = network()
+    one = keeper(GlobalL1(0.8, schedule="iterative", begin=0.0, end=1.0, updates=4))
+    one.prepare_model(model)
+    seen = []
+    for number in range(9):
+        one.after_step(Step(model, 0, 1, number / 8, THREAT, torch.Generator()))
+        seen.append(sparsity_of(model))
+    assert seen == pytest.approx([0, 0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.8], abs=1e-3)
+    one.finish(model)
 
 
 def test_a_cubic_schedule_reaches_its_sparsity_while_training() -> None:
@@ -316,6 +336,8 @@ def test_holding_masks_asks_the_device_nothing() -> None:
 def test_the_same_table_for_every_method_of_the_registry() -> None:
     for name in registry.BUILTIN["compressor"]:
         entry = registry.find("compressor", name)
+        if not any(parameter.name == "sparsity" for parameter in registry.parameters(entry)):
+            continue
         clean, problems = registry.check_parameters(entry, {"sparsity": "50%"})
         assert not problems
         method = as_compressor(registry.create(entry, clean))

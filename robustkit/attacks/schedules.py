@@ -32,7 +32,7 @@ class Schedule:
     restart_steps: int = 40
     restart_close: float = 0.15
     polish: int = 600
-    polish_close: float = 0.05
+    polish_close: float = 0.03
     queries: int = 100
 
 

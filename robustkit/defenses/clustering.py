@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from robustkit.data.split import Split
@@ -12,7 +14,6 @@ from robustkit.params import Fraction, OpenShare, PositiveInt
 from robustkit.train.hooks import DataContext, Defense
 
 _STARTS = 8
-_ROUNDS = 50
 _SILHOUETTE = 1000
 LEAST = 10
 """A class with fewer examples is not looked at."""
@@ -32,35 +33,11 @@ def whitened(features: Tensor, dimensions: int) -> Tensor:
 
 
 def two_means(points: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the cluster (N,) of each point (N, D), False or True: 2-means, the best of several starts (Lloyd 1982).
-
-    The second centre is drawn by its squared distance to the first (k-means++, Arthur & Vassilvitskii 2007).
-    """
-    best, lowest = torch.zeros(len(points), dtype=torch.bool), float("inf")
-    for _ in range(_STARTS):
-        first = points[int(torch.randint(len(points), (1,), generator=generator))]
-        far = (points - first).square().sum(1)
-        if not bool((far > 0).any()):
-            return best
-        second = points[int(torch.multinomial(far, 1, generator=generator))]
-        assigned, cost = _lloyd(points, torch.stack([first, second]))
-        if cost < lowest:
-            best, lowest = assigned, cost
-    return best
-
-
-def _lloyd(points: Tensor, centres: Tensor) -> tuple[Tensor, float]:
-    assigned = torch.zeros(len(points), dtype=torch.bool)
-    for number in range(_ROUNDS):
-        distances = torch.cdist(points, centres)
-        moved = distances[:, 1] < distances[:, 0]
-        if number and torch.equal(moved, assigned):
-            break
-        assigned = moved
-        for which in (0, 1):
-            members = points[assigned == bool(which)]
-            centres[which] = members.mean(0) if len(members) else centres[which]
-    return assigned, float(torch.cdist(points, centres).square().amin(1).sum())
+    """Return the cluster (N,) of each point (N, D), False or True: 2-means, the best of several starts (Lloyd 1982)."""
+    if not bool((points != points[0]).any()):
+        return torch.zeros(len(points), dtype=torch.bool)
+    means = KMeans(2, n_init=_STARTS, random_state=_seed(generator))
+    return torch.from_numpy(means.fit_predict(points.numpy()) == 1)
 
 
 def silhouette(points: Tensor, assigned: Tensor, generator: torch.Generator) -> float:
@@ -70,15 +47,13 @@ def silhouette(points: Tensor, assigned: Tensor, generator: torch.Generator) -> 
     """
     chosen = torch.randperm(len(points), generator=generator)[:_SILHOUETTE]
     points, assigned = points[chosen], assigned[chosen]
-    sizes = torch.stack([(~assigned).sum(), assigned.sum()])
-    if int(sizes.amin()) < 2:
+    if min(int((~assigned).sum()), int(assigned.sum())) < 2:
         return 0.0
-    distances = torch.cdist(points, points)
-    sums = torch.stack([distances[:, ~assigned].sum(1), distances[:, assigned].sum(1)], 1)
-    own = assigned.long()[:, None]
-    inside = sums.gather(1, own).squeeze(1) / (sizes[own.squeeze(1)] - 1)
-    outside = sums.gather(1, 1 - own).squeeze(1) / sizes[1 - own.squeeze(1)]
-    return float(((outside - inside) / torch.maximum(outside, inside)).nan_to_num(0.0).mean())
+    return float(silhouette_score(points.numpy(), assigned.numpy()))
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (1,), generator=generator))
 
 
 @dataclass(frozen=True)

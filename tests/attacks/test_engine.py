@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -44,7 +42,7 @@ class Coarse(nn.Module):
 
 
 def test_what_is_found_in_lower_precision_is_confirmed_or_searched_on() -> None:
-    x, y = (part[:200] for part in digits())
+    x, y = (part[:80] for part in digits())
     model = Coarse()
     left = slack(model.inner, x, y, "linf", 0.1)
     clean, lower = attacked(model, x, y, Allowed("bf16"))
@@ -74,7 +72,7 @@ class Liar(nn.Module):
 
 
 def test_a_success_that_is_none_does_not_end_the_attack() -> None:
-    x, y = (part[:150] for part in digits())
+    x, y = (part[:60] for part in digits())
     model = Liar(x)
     left = slack(model.inner, x, y, "linf", 0.1)
     clean, found = attacked(model, x, y, Allowed("bf16"))
@@ -95,25 +93,37 @@ def test_what_a_model_does_not_take_is_not_used() -> None:
     assert not takes(Strict(), x, Engine(precision=torch.bfloat16))
 
 
+class Clock:
+    """A clock that only models move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
 class Timed(nn.Module):
     """As slow as told, in float32 and in bfloat16."""
 
-    def __init__(self, usual: float, lower: float) -> None:
+    def __init__(self, clock: Clock, usual: float, lower: float) -> None:
         super().__init__()
-        self.usual, self.lower = usual, lower
+        self.clock, self.usual, self.lower = clock, usual, lower
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.flatten(1) @ torch.ones(64, 3)
-        time.sleep(self.usual if z.dtype == torch.float32 else self.lower)
+        self.clock.now += self.usual if z.dtype == torch.float32 else self.lower
         return z
 
 
-@pytest.mark.parametrize(("usual", "lower", "used"), [(0.02, 0.002, True), (0.01, 0.01, False), (0.002, 0.02, False)])
+@pytest.mark.parametrize(("usual", "lower", "used"), [(1.3, 1.0, True), (1.1, 1.0, False), (1.0, 2.0, False)])
 def test_auto_takes_lower_precision_where_it_measures_faster(
     monkeypatch: pytest.MonkeyPatch, usual: float, lower: float, used: bool
 ) -> None:
+    clock, x = Clock(), torch.rand(4, 1, 8, 8)
+    monkeypatch.setattr(engine, "time", clock)
     monkeypatch.setattr(engine, "has_bf16", lambda device: True)
-    model, x = Timed(usual, lower), torch.rand(4, 1, 8, 8)
+    model = Timed(clock, usual, lower)
     assert choose_engine(model, x, Allowed("auto")).exact is not used
     assert choose_engine(model, x, Allowed("fp32")).exact
     monkeypatch.setattr(engine, "has_bf16", lambda device: False)
@@ -122,8 +132,9 @@ def test_auto_takes_lower_precision_where_it_measures_faster(
 
 @pytest.mark.parametrize("gain", [True, False])
 def test_compilation_is_used_where_it_measures_faster(monkeypatch: pytest.MonkeyPatch, gain: bool) -> None:
-    model, x = Timed(0.01, 0.01), torch.rand(4, 1, 8, 8)
-    other = Timed(0.001, 0.001) if gain else Timed(0.01, 0.01)
+    clock, x = Clock(), torch.rand(4, 1, 8, 8)
+    monkeypatch.setattr(engine, "time", clock)
+    model, other = Timed(clock, 1.0, 1.0), Timed(clock, 0.5 if gain else 0.9, 1.0)
     monkeypatch.setattr(engine.torch, "compile", lambda module, dynamic: other)
     assert (choose_engine(model, x, Allowed(compile=True)).run is other) is gain
     assert choose_engine(model, x, Allowed()).run is None

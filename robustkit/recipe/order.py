@@ -1,13 +1,17 @@
-"""The order in which variants are read and made: each after those that it starts from."""
+"""The order in which variants are read and made: each after the one it starts from and the one it learns from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from robustkit.errors import did_you_mean
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.reader import Reader
+
+Link = Literal["from", "teacher"]
+LINKS: tuple[Link, ...] = ("from", "teacher")
+"""The keys by which a variant needs another one."""
 
 
 @dataclass(frozen=True)
@@ -21,29 +25,33 @@ class Draft:
     @property
     def parent(self) -> str | None:
         """The label that `from:` names."""
-        found = self.given.get("from")
+        return self.needed("from")
+
+    @property
+    def teacher(self) -> str | None:
+        """The label that `teacher:` names."""
+        return self.needed("teacher")
+
+    def needed(self, link: Link) -> str | None:
+        """Return the label that a key names; None where it is not there, or no label."""
+        found = self.given.get(link)
         return found if isinstance(found, str) else None
 
 
 def ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
-    """Return parents before children, else in the order of the file; cycles and missing parents are problems.
+    """Return each after those it needs, else in the order of the file; cycles and missing variants are problems.
 
-    Variants without a parent that can be had come last: what else is wrong with them is to be said as well.
+    Variants without one that they need come last: what else is wrong with them is to be said as well.
     """
     done: list[Draft] = []
     placed: set[str] = set()
     waiting, lost = dict(drafts), []
     for draft in drafts.values():
-        parent = draft.given.get("from")
-        if parent is not None and not isinstance(parent, str):
-            reader.problem((*draft.path, "from"), "`from` is the label of one variant")
-            lost.append(waiting.pop(draft.label))
-        elif parent is not None and parent not in drafts:
-            hint = did_you_mean(parent, drafts)
-            reader.problem((*draft.path, "from"), f"there is no variant {parent!r}", hint)
+        wrong = [link for link in LINKS if not _there(reader, draft, link, drafts)]
+        if wrong:
             lost.append(waiting.pop(draft.label))
     while True:
-        ready = [one for one in waiting.values() if one.parent is None or one.parent in placed]
+        ready = [one for one in waiting.values() if all(one.needed(link) in {None, *placed} for link in LINKS)]
         if not ready:
             break
         # One at a time, so that a child follows its parent and the file's order decides the rest.
@@ -53,23 +61,39 @@ def ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
         del waiting[first.label]
     told: set[str] = set()
     for draft in waiting.values():
-        chain = _cycle(draft, drafts)
-        if chain and not told & set(chain):
+        links = _cycle(draft, drafts)
+        chain = [draft.label, *(label for _, label in links)]
+        if links and not told & set(chain):
             told |= set(chain)
-            reader.problem((*draft.path, "from"), f"`from` goes in a circle: {' -> '.join(chain)}")
+            names = " and ".join(f"`{link}`" for link in LINKS if link in {one for one, _ in links})
+            goes = "goes" if len({link for link, _ in links}) == 1 else "go"
+            reader.problem((*draft.path, links[0][0]), f"{names} {goes} in a circle: {' -> '.join(chain)}")
     return [*done, *lost, *waiting.values()]
 
 
-def _cycle(draft: Draft, drafts: dict[str, Draft]) -> list[str]:
-    chain = [draft.label]
-    current: Draft | None = draft
-    while current is not None and current.parent in drafts:
-        parent = current.parent
-        assert parent is not None
-        if parent == draft.label:
-            return [*chain, parent]
-        if parent in chain:
-            return []
-        chain.append(parent)
-        current = drafts.get(parent)
+def _there(reader: Reader, draft: Draft, link: Link, drafts: dict[str, Draft]) -> bool:
+    """Say whether the variant that a key names is there, or none is named; else note what is wrong."""
+    named = draft.given.get(link)
+    if named is None or (isinstance(named, str) and named in drafts):
+        return True
+    if isinstance(named, str):
+        reader.problem((*draft.path, link), f"there is no variant {named!r}", did_you_mean(named, drafts))
+    else:
+        reader.problem((*draft.path, link), f"`{link}` is the label of one variant")
+    return False
+
+
+def _cycle(draft: Draft, drafts: dict[str, Draft]) -> list[tuple[Link, str]]:
+    """Return the shortest way from a variant back to itself, as keys and the labels they name; nothing if none."""
+    ways: list[tuple[Draft, list[tuple[Link, str]]]] = [(draft, [])]
+    seen: set[str] = set()
+    while ways:
+        current, way = ways.pop(0)
+        for link in LINKS:
+            label = current.needed(link)
+            if label == draft.label:
+                return [*way, (link, label)]
+            if label is not None and label in drafts and label not in seen:
+                seen.add(label)
+                ways.append((drafts[label], [*way, (link, label)]))
     return []

@@ -49,19 +49,24 @@ def check_parted(reader: Reader, draft: Draft, parent: VariantSpec | None, defen
 
 
 def owned_hooks(reader: Reader, use: Use) -> tuple[str, ...]:
-    """Return the exclusive hooks that a defense defines or inherits, read from its source."""
+    """Return the exclusive hooks that a defense defines or inherits."""
+    defined = defined_hooks(reader, use)
+    return tuple(hook for hook in EXCLUSIVE_HOOKS if hook in defined)
+
+
+def defined_hooks(reader: Reader, use: Use) -> tuple[str, ...]:
+    """Return the names of the methods that a defense defines or inherits, read from its source."""
     try:
         entry = registry.find("defense", use.name, folder=reader.folder, plugins=reader.plugins)
     except UsageError:
         return ()
     if entry.origin == "registered":
         return _live_hooks(registry.load(entry))
-    defined = hooks_of(entry.file, entry.attribute) if entry.file else ()
-    return tuple(hook for hook in EXCLUSIVE_HOOKS if hook in defined)
+    return hooks_of(entry.file, entry.attribute) if entry.file else ()
 
 
 def _live_hooks(made: object) -> tuple[str, ...]:
     # Imported here, as it brings torch; a defense that is a class already has brought it before.
     from robustkit.train import hooks
 
-    return hooks.owned_hooks(made) if isinstance(made, type) and issubclass(made, hooks.Defense) else ()
+    return hooks.overridden_hooks(made) if isinstance(made, type) and issubclass(made, hooks.Defense) else ()

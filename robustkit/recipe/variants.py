@@ -11,15 +11,16 @@ from robustkit.recipe.owners import check_exclusive, check_parted
 from robustkit.recipe.parts import read_threat, read_train
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import ThreatSpec, TrainSpec, Use, VariantSpec
+from robustkit.recipe.teachers import teacher_of
 
-KEYS = ("matrix", "from", "model", "threat", "defenses", "compress", "train")
+KEYS = ("matrix", "from", "teacher", "model", "threat", "defenses", "compress", "train")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
 
 
 def read_variants(
     reader: Reader, value: object, present: bool, model: Use | None, threat: ThreatSpec, train: TrainSpec
 ) -> tuple[VariantSpec, ...]:
-    """Return the variants in an order in which parents come first; problems go to the reader."""
+    """Return the variants in an order in which parents and teachers come first; problems go to the reader."""
     if not present or not value:
         reader.problem(("variants",), "`variants` is missing or empty", "e.g. variants: {baseline: }")
         return ()
@@ -99,11 +100,14 @@ def _variant(
     if trains:
         check_exclusive(reader, draft, defenses)
     check_parted(reader, draft, parent, defenses)
+    # What a child inherits is not known where its parent is lost.
+    teacher = None if lost and "defenses" not in given else teacher_of(reader, draft, parent, defenses, trains)
     if chosen is None or lost:
         return None
     return VariantSpec(
         label=draft.label,
         parent=draft.parent,
+        teacher=teacher,
         model=chosen,
         threat=budget,
         defenses=defenses,

@@ -32,6 +32,11 @@ class Draft:
         """The label that `teacher:` names."""
         return self.needed("teacher")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The labels of the variants that must be there before this one."""
+        return frozenset(label for link in LINKS if (label := self.needed(link)) is not None)
+
     def needed(self, link: Link) -> str | None:
         """Return the label that a key names; None where it is not there, or no label."""
         found = self.given.get(link)
@@ -51,11 +56,10 @@ def ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
         if wrong:
             lost.append(waiting.pop(draft.label))
     while True:
-        ready = [one for one in waiting.values() if all(one.needed(link) in {None, *placed} for link in LINKS)]
-        if not ready:
-            break
         # One at a time, so that a child follows its parent and the file's order decides the rest.
-        first = ready[0]
+        first = next((one for one in waiting.values() if placed.issuperset(one.needs)), None)
+        if first is None:
+            break
         done.append(first)
         placed.add(first.label)
         del waiting[first.label]

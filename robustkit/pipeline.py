@@ -219,8 +219,7 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
         if step.kind not in PARTIAL and bench.failed & set(step.parents):
             bench.failed.add(step.key)
             if step.kind == "fit":
-                parent = plan.recipe.variant(step.variant).parent
-                failures.append(Failure(step, f"not made, because {parent} failed"))
+                failures.append(Failure(step, f"not made, because {_lost(plan, step, bench.failed)} failed"))
             continue
         events.context = {"variant": step.variant, "seed": step.seed, "kind": step.kind, "key": step.key}
         events("start", {"number": number, "todo": len(todo), "description": step.description})
@@ -244,6 +243,13 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
             break
     events.context = {}
     return tuple(failures)
+
+
+def _lost(plan: Plan, step: Step, failed: set[str]) -> str:
+    """Return the labels of the variants that a fit step needs and that failed."""
+    variant = plan.recipe.variant(step.variant)
+    needed = dict.fromkeys(label for label in (variant.parent, variant.teacher) if label)
+    return " and ".join(label for label in needed if plan.fit_keys[label, step.seed] in failed)
 
 
 def _where(error: Exception) -> str:

@@ -82,6 +82,7 @@ def _row(recipe: Recipe, variant: VariantSpec, plan: Plan | None, store: Store) 
     return {
         "variant": variant.label,
         "parent": variant.parent,
+        "teacher": variant.teacher,
         "what": describe_variant(variant),
         "done": state["done"] if plan else None,
         "to_run": state["to run"] if plan else None,

@@ -58,6 +58,12 @@ def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tenso
     return (x + project_(delta, threat)).clamp(0, 1)
 
 
+def near_start(x: Tensor, threat: Threat, generator: torch.Generator, spread: float) -> Tensor:
+    """Return x (N, ...) plus Gaussian noise of standard deviation `spread`, inside the threat's ball and [0, 1]."""
+    noise = torch.empty_like(x).normal_(generator=generator).mul_(spread)
+    return (x + project_(noise, threat)).clamp(0, 1)
+
+
 def pgd_examples(
     model: nn.Module,
     x: Tensor,
@@ -132,8 +138,7 @@ def trades_examples(
 
     The ascent starts at x plus Gaussian noise of standard deviation `spread`, because the gradient at x itself is 0.
     """
-    begin = torch.empty_like(x).normal_(generator=generator).mul_(spread)
-    begin = (x + project_(begin, threat)).clamp(0, 1)
+    begin = near_start(x, threat, generator, spread)
     with attack_mode(model):
         with torch.no_grad():
             clean = model(x)

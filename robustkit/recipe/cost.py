@@ -26,6 +26,8 @@ INNER = {
 """What a defense adds to a step; of grad_align two gradients and the backward through them, as measured."""
 TWICE = frozenset({"trades", "mart"})
 """What trains on both the clean and the adversarial image."""
+DISTILLED = frozenset({"ard", "rslad"})
+"""What trains on both where the perturbed image does not have all the weight."""
 CURVE = 22.0 + 5.0
 """Each eps of the security curve: 10 steps of pgd, 4 tries of noise."""
 CHECKS = 203.0 + 271.0 + 42.0
@@ -59,6 +61,8 @@ def training_passes(variant: VariantSpec, parameter: Parameter) -> float:
     if variant.train is None:
         return 0.0
     inner = sum(_inner_passes(use, parameter) for use in variant.defenses)
+    # A teacher answers once for each image that a step sees; how large it is does not count here.
+    inner += 1.0 if variant.teacher else 0.0
     replays = [_number(parameter("defense", use, "replay")) for use in variant.defenses if use.name == "free"]
     return variant.train.epochs * (STANDARD_STEP + inner) * max([1.0, *replays])
 
@@ -70,7 +74,8 @@ def _inner_passes(use: Use, parameter: Parameter) -> float:
     if not steps:
         return 0.0
     restarts = _number(parameter("defense", use, "restarts")) or 1.0
-    return 2.0 * steps * restarts + (STANDARD_STEP if use.name in TWICE else 0.0)
+    twice = use.name in TWICE or (use.name in DISTILLED and _number(parameter("defense", use, "weight")) < 1)
+    return 2.0 * steps * restarts + (STANDARD_STEP if twice else 0.0)
 
 
 def attack_passes(recipe: Recipe, parameter: Parameter) -> float:

@@ -33,6 +33,7 @@ def recipe_schema() -> dict[str, Any]:
         {
             "matrix": {"type": "object"},
             "from": {"type": "string"},
+            "teacher": {"type": "string"},
             "model": _use("model"),
             "threat": threat,
             "defenses": {"type": "array", "items": _use("defense")},

@@ -16,6 +16,7 @@ from robustkit.recipe.spec import ThreatSpec, Use, VariantSpec
 from robustkit.registry import TORCHATTACKS
 
 DEFENSE_NORMS: dict[str, tuple[str, ...]] = {
+    "ard": ("linf", "l2"),
     "ensemble_training": ("linf", "l2"),
     "fgsm": ("linf", "l2"),
     "fgsm_rs": ("linf",),
@@ -25,6 +26,7 @@ DEFENSE_NORMS: dict[str, tuple[str, ...]] = {
     "input_gradient": ("linf", "l2", "l1"),
     "n_fgsm": ("linf",),
     "pgd_training": ("linf", "l2"),
+    "rslad": ("linf", "l2"),
     "trades": ("linf", "l2"),
 }
 """The adversarial trainings that do not work under every norm."""

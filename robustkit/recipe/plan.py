@@ -54,6 +54,10 @@ class Step:
     description: str = ""
     wants: tuple[str, ...] = ()
     """Keys of steps whose results it uses where they are there."""
+    origin: str | None = None
+    """Key of the fit step whose weights a fit step starts from; it is among `parents`."""
+    teacher: str | None = None
+    """Key of the fit step whose model a fit step learns from; it is among `parents`."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def _fit_step(
 ) -> Step:
     parent = fit_keys[variant.parent, seed] if variant.parent else None
     train = variant.train
+    # Of a variant that is not trained the teacher is only what its children inherit.
+    teacher = fit_keys[variant.teacher, seed] if variant.teacher and train else None
     kept = kept_epochs(recipe, variant)
     key = content_key(
         kind="fit",
@@ -127,8 +133,11 @@ def _fit_step(
         train=_train(train, source_hash) if train else None,
         normalize=recipe.normalize.model_dump() if recipe.normalize and not parent else None,
         **({"keep": kept} if kept else {}),
+        **({"teacher": teacher} if teacher else {}),
     )
-    return Step("fit", key, variant.label, seed, (parent,) if parent else (), description=describe_variant(variant))
+    read = tuple(dict.fromkeys(one for one in (parent, teacher) if one))
+    described = describe_variant(variant)
+    return Step("fit", key, variant.label, seed, read, description=described, origin=parent, teacher=teacher)
 
 
 def _meets_threat(variant: VariantSpec) -> bool:
@@ -168,8 +177,9 @@ def _evaluation_steps(
         key = content_key(kind="curve", **common, norm=recipe.threat.norm, eps=evaluate.eps_curve, **_rounding(recipe))
         steps.append(Step("curve", key, label, seed, (fit, clean), description="security curve"))
     # The parent is the surrogate whose adversarial images are tried on its child.
-    key = content_key(kind="checks", **common, threat=threat, surrogate=made.parents)
-    steps.append(Step("checks", key, label, seed, (fit, clean, *made.parents), description="sanity checks"))
+    surrogate = (made.origin,) if made.origin else ()
+    key = content_key(kind="checks", **common, threat=threat, surrogate=surrogate)
+    steps.append(Step("checks", key, label, seed, (fit, clean, *surrogate), description="sanity checks"))
     steps += _certify_steps(recipe, steps, common, source_hash)
     if evaluate.corruptions:
         key = content_key(kind="corruptions", model=fit, examples=evaluate.examples)
@@ -264,7 +274,8 @@ def describe_use(use: Use) -> str:
 def describe_variant(variant: VariantSpec) -> str:
     """Return what is done to a variant, in words."""
     parts = [describe_use(use) for use in (*variant.compress, *variant.defenses)]
-    return " + ".join(parts) if parts else "standard training" if variant.parent is None else "no change"
+    taught = f", teacher {variant.teacher}" if variant.teacher else ""
+    return " + ".join(parts) + taught if parts else "standard training" if variant.parent is None else "no change"
 
 
 def _short(value: object) -> str:

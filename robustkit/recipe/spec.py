@@ -65,6 +65,8 @@ class VariantSpec(Spec):
 
     label: str
     parent: str | None = None
+    teacher: str | None = None
+    """The variant whose answers this one learns from; no weights are taken over."""
     model: Use
     threat: ThreatSpec
     defenses: tuple[Use, ...] = ()

@@ -22,6 +22,7 @@ from robustkit.recipe.rewind import kept_epochs, root_of
 from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
 from robustkit.steps.members import fit_members, owner_of, remove_states
+from robustkit.steps.teach import teach
 from robustkit.store import STATE, write_atomic
 from robustkit.train.hooks import Defense, owned_hooks
 from robustkit.train.loop import fit
@@ -47,6 +48,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
         kept = kept_epochs(bench.recipe, variant)
         epochs = EpochKeeper(kept)
         defenses = [*_defenses(bench, variant, keeper), *([("epochs", epochs)] if kept else [])]
+        teach(bench, step, defenses)
         fitted = fit(
             model,
             data,
@@ -102,7 +104,9 @@ def _fit_vote(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset)
     def build(part: Dataset) -> nn.Module:
         return without_hooks(_build(bench, variant, step, part))
 
-    found = fit_members(bench, variant, step, data, _defenses(bench, variant, None), build)
+    defenses = _defenses(bench, variant, None)
+    teach(bench, step, defenses)
+    found = fit_members(bench, variant, step, data, defenses, build)
     _save(bench, found.last, variant, data, step, LAST)
     _save(bench, found.best, variant, data, step, MODEL)
     bench.store.finish(step.key, {"variant": step.variant, "seed": step.seed, **found.record}, (MODEL, LAST))
@@ -124,8 +128,8 @@ def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Datase
 
 
 def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:
-    if step.parents:
-        return bench.load(step.parents[0])
+    if step.origin:
+        return bench.load(step.origin)
     return _build(bench, variant, step, data)
 
 
@@ -147,7 +151,7 @@ def _build(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
 
 
 def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, held: Masks) -> MaskKeeper | None:
-    inherit = _compressed(bench, variant.parent) or (bool(step.parents) and _prunes_itself(bench, variant, step, data))
+    inherit = _compressed(bench, variant.parent) or (bool(step.origin) and _prunes_itself(bench, variant, step, data))
     if not variant.compress and not inherit and not held.tensors:
         return None
     return MaskKeeper(

@@ -147,6 +147,12 @@ class Defense:
         """
         return None
 
+    def take_teacher(self, teacher: nn.Module) -> None:
+        """Take the trained model to learn from, before everything else; a defense that overrides this needs one.
+
+        In a recipe it is the variant that `teacher:` names. The model may be used elsewhere: keep a frozen copy.
+        """
+
     def prepare_data(self, data: Split, context: DataContext) -> Split:
         """Filter, deduplicate or relabel the training data before the first epoch."""
         return data
@@ -253,6 +259,18 @@ def is_adversarial(defense: Defense) -> bool:
     return type(defense).perturb is not Defense.perturb
 
 
+def is_taught(defense: Defense) -> bool:
+    """Say whether the defense learns from a teacher."""
+    return type(defense).take_teacher is not Defense.take_teacher
+
+
 def owned_hooks(defense: type[Defense]) -> tuple[str, ...]:
     """Return the exclusive hooks that this defense overrides."""
-    return tuple(hook for hook in EXCLUSIVE_HOOKS if getattr(defense, hook) is not getattr(Defense, hook))
+    overridden = overridden_hooks(defense)
+    return tuple(hook for hook in EXCLUSIVE_HOOKS if hook in overridden)
+
+
+def overridden_hooks(defense: type[Defense]) -> tuple[str, ...]:
+    """Return the hooks that this defense overrides."""
+    hooks = [name for name, made in vars(Defense).items() if callable(made) and not name.startswith("_")]
+    return tuple(hook for hook in hooks if getattr(defense, hook) is not getattr(Defense, hook))

@@ -23,7 +23,7 @@ from robustkit.defenses.inner import cross_entropy_score, kl_score
 from robustkit.errors import RecipeError, RobustkitError
 from robustkit.recipe.schema import load_recipe, parse_recipe
 from robustkit.recipe.spec import TrainSpec, Use
-from robustkit.train.hooks import Batch, DataContext, Defense, Forward, Step, is_adversarial, owned_hooks
+from robustkit.train.hooks import Batch, DataContext, Defense, Forward, Step, is_adversarial, is_taught, owned_hooks
 from robustkit.train.loop import fit
 from robustkit.train.step import total_loss, train_step
 
@@ -56,6 +56,8 @@ class Case:
         assert not problems
         defense = registry.create(entry, clean)
         assert isinstance(defense, Defense)
+        if is_taught(defense):
+            defense.take_teacher(network(seed=7))
         return defense
 
 
@@ -118,6 +120,12 @@ CASES = [
     Case("curriculum", {"by": "accuracy"}),
     Case("trades", {"steps": 2}, ball=1, owns=("perturb", "objective"), draws=True),
     Case("trades", {"steps": 2, "beta": 1.0}, norm="l2", ball=1, owns=("perturb", "objective"), draws=True),
+    Case("distill", owns=("objective",)),
+    Case("distill", {"temperature": 1.0, "weight": 1.0}, owns=("objective",)),
+    Case("ard", {"steps": 2}, ball=1, owns=("perturb", "objective"), draws=True),
+    Case("ard", {"steps": 2, "weight": 0.5}, norm="l2", ball=1, owns=("perturb", "objective"), draws=True),
+    Case("rslad", {"steps": 2}, ball=1, owns=("perturb", "objective"), draws=True),
+    Case("rslad", {"steps": 2, "weight": 1.0}, norm="l2", ball=1, owns=("perturb", "objective"), draws=True),
     Case("input_gradient.py:InputGradient", {"weight": 0.5}),
     Case("input_gradient.py:InputGradient", {"weight": 0.5}, norm="l2"),
 ]
@@ -147,8 +155,8 @@ class Residual(nn.Module):
         return x + self.conv(x) / 4
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.BatchNorm2d(8),

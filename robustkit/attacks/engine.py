@@ -43,7 +43,8 @@ class Engine:
     def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the logits of images (N, ...)."""
         with autocast(images.device.type, self.precision):
-            logits: Tensor = (self.run or model)(laid_out(images, self.layout))
+            run = model if self.run is None else self.run
+            logits: Tensor = run(laid_out(images, self.layout))
         return logits
 
     @property

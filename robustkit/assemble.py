@@ -1,67 +1,27 @@
-"""From finished steps to results: rows, per-example arrays, gallery, gates. Reads the store only; imports no torch."""
+"""From finished steps to results: rows and gates. Reads the store only; imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from robustkit import stats
+from robustkit.evaluated import Bools, Evaluated, collect
 from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags, subset_flags
 from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
+from robustkit.per_example import write_arrays, write_gallery
 from robustkit.poisoning import poisoning_of, tolerance_of
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
-from robustkit.recipe.plan import Plan, Step, describe_use, describe_variant
+from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
-from robustkit.results import Audit, CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
-from robustkit.store import Store, write_npz
+from robustkit.results import Audit, Corruptions, Curve, Flag, Paired, Results, VariantResult
+from robustkit.store import Store
 
-Bools = NDArray[np.bool_]
-OUTCOME = "outcome.npz"
-GALLERY = "gallery.npz"
-CERTIFIED = "certified.npz"
 Identity = tuple[str, int]
-
-
-@dataclass
-class Evaluated:
-    """Everything that the store holds of one variant under one seed."""
-
-    variant: str
-    seed: int
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Records by kind of step (fit, measure, clean, curve, checks)."""
-    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Records by the attack's label."""
-    certified: dict[str, CertifiedRate] = field(default_factory=dict)
-    """By the certificate's label."""
-    proven: dict[str, Bools] = field(default_factory=dict)
-    """Which examples are certified, by the certificate's label."""
-    correct: dict[str, Bools] = field(default_factory=dict)
-    """Per-example correctness: `clean`, each attack's label, and `worst`."""
-    distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Per-example distances of the minimum-norm attacks, by label."""
-    radius: NDArray[np.int64] | None = None
-    """How many poisons a vote tolerates, -1 where it is wrong without any."""
-    fooled: Bools | None = None
-    """Which of the triggered test images are taken for the target of the poison."""
-    labels: NDArray[np.int64] | None = None
-
-    def rates(self) -> dict[str, Rate]:
-        """Return the accuracy of each entry of `correct` with its interval."""
-        return {name: rate_of(values) for name, values in self.correct.items()}
-
-
-def rate_of(correct: Bools) -> Rate:
-    """Return the share of correct examples with its Clopper-Pearson interval."""
-    return stats.clopper_pearson(int(correct.sum()), int(correct.size))
 
 
 def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Mapping[str, str]) -> Results:
@@ -74,7 +34,7 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
     classes: list[str] = []
     for seed in recipe.seeds:
         for variant in recipe.variants:
-            found = _collect(plan, store, variant.label, seed)
+            found = collect(plan, store, variant.label, seed)
             if found is not None:
                 evaluated[variant.label, seed] = found
                 classes = classes or list(found.records["measure"].get("classes", []))
@@ -128,49 +88,6 @@ def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
         return (found.correct | found.proven).get(metric)
 
     return correct
-
-
-def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | None:
-    found = Evaluated(variant, seed)
-    for step in plan.of(variant, seed):
-        record = store.record(step.key)
-        if record is None:
-            continue
-        if step.kind == "attack" and step.use is not None:
-            found.attacks[step.use.label] = record
-            arrays = _arrays(store, step)
-            found.correct[step.use.label] = arrays["correct"]
-            if "minimal_distance" in arrays:
-                found.distances[step.use.label] = arrays["minimal_distance"]
-        elif step.kind == "certify" and step.use is not None:
-            proven = store.read_arrays(step.key, CERTIFIED)["certified"]
-            found.proven[step.use.label] = proven
-            found.certified[step.use.label] = _certified(record, proven)
-        else:
-            found.records[step.kind] = record
-        if step.kind == "tolerance":
-            arrays = _arrays(store, step)
-            found.radius = np.where(arrays["right"], arrays["radius"], -1)
-        if step.kind == "success":
-            found.fooled = _arrays(store, step)["fooled"]
-        if step.kind == "clean":
-            arrays = _arrays(store, step)
-            found.correct["clean"] = arrays["correct"]
-            found.labels = arrays["labels"]
-    if not {"fit", "measure", "clean"} <= set(found.records):
-        return None
-    order = {"clean": found.correct["clean"], **found.correct}
-    found.correct = {**order, "worst": stats.worst_case(order.values())}
-    return found
-
-
-def _certified(record: Mapping[str, Any], proven: Bools) -> CertifiedRate:
-    values = {name: record[name] for name in ("smoothed", "clean", "abstained", "radius", "forwards", "seconds")}
-    return CertifiedRate.model_validate({**rate_of(proven).model_dump(), **values})
-
-
-def _arrays(store: Store, step: Step) -> dict[str, NDArray[Any]]:
-    return store.read_arrays(step.key, OUTCOME)
 
 
 def _latency(plan: Plan, store: Store, failed: Container[str]) -> dict[str, dict[str, Any]]:
@@ -241,8 +158,8 @@ def _row(
         backwards=_total(one, "backwards"),
         seconds=round(sum(float(record.get("seconds", 0)) for record in _outcomes(one)), 3),
         train_seconds=round(float(fit.get("train_seconds", 0.0)), 3),
-        arrays=_write_arrays(store, one),
-        gallery=_write_gallery(plan, store, one),
+        arrays=write_arrays(store, one),
+        gallery=write_gallery(plan, store, one),
     )
 
 
@@ -319,42 +236,3 @@ def _flags(plan: Plan, one: Evaluated) -> list[Flag]:
     for label, record in one.attacks.items():
         flags += [Flag(id="attack-note", severity="note", message=f"{label}: {note}") for note in record["notes"]]
     return flags
-
-
-def _write_arrays(store: Store, one: Evaluated) -> str:
-    name = f"arrays/{one.variant}-seed{one.seed}.npz"
-    arrays: dict[str, NDArray[Any]] = {f"correct/{key}": values for key, values in one.correct.items()}
-    arrays |= {f"distance/{label}": values for label, values in one.distances.items()}
-    arrays |= {f"certified/{key}": values for key, values in one.proven.items()}
-    if one.fooled is not None:
-        arrays["success"] = one.fooled
-    if one.radius is not None:
-        arrays["tolerated"] = one.radius
-    if one.labels is not None:
-        arrays["labels"] = one.labels
-    write_npz(store.folder / name, arrays)
-    return name
-
-
-def _write_gallery(plan: Plan, store: Store, one: Evaluated) -> str | None:
-    """Take, for each example, the first attack that fools it, else the attack that lowers its confidence most."""
-    found = []
-    for label, record in one.attacks.items():
-        if GALLERY in record["files"]:
-            found.append(store.read_arrays(plan.attack_step(one.variant, one.seed, label).key, GALLERY))
-    if not found:
-        return None
-    truth = found[0]["label"]
-    fooled = np.stack([arrays["prediction_adversarial"] != truth for arrays in found])
-    confidence = np.stack([arrays["confidence_adversarial"] for arrays in found])
-    score = np.where(fooled, 2.0 + confidence, 1.0 - confidence)
-    choice = score.argmax(axis=0)
-    rows = np.arange(len(truth))
-    chosen = {name: np.stack([arrays[name] for arrays in found])[choice, rows] for name in found[0]}
-    delta = (chosen["adversarial"] - chosen["clean"].astype(np.float32) / 255).reshape(len(truth), -1)
-    chosen["norm"] = np.linalg.norm(
-        delta, ord={"linf": np.inf, "l2": 2, "l1": 1, "l0": 0}[plan.recipe.threat.norm], axis=1
-    )
-    name = f"arrays/{one.variant}-seed{one.seed}-gallery.npz"
-    write_npz(store.folder / name, chosen)
-    return name

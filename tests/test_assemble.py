@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robustkit.assemble import GALLERY, Evaluated, _write_gallery
+from robustkit.evaluated import Evaluated
+from robustkit.per_example import GALLERY, write_gallery
 
 
 @dataclass
@@ -44,7 +45,7 @@ def test_the_gallery_measures_a_change_in_the_norm_of_the_threat(norm: str, expe
         attack_step=lambda variant, seed, label: SimpleNamespace(key="key"),
     )
     store: Any = Stored(tmp_path, arrays)
-    name = _write_gallery(plan, store, Evaluated("v", 0, attacks={"pgd": {"files": [GALLERY]}}))
+    name = write_gallery(plan, store, Evaluated("v", 0, attacks={"pgd": {"files": [GALLERY]}}))
     assert name is not None
     with np.load(tmp_path / name) as found:
         assert np.allclose(found["norm"], expected)

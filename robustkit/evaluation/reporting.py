@@ -13,7 +13,7 @@ from robustkit.recipe.spec import Recipe, Use
 from robustkit.results import Curve, Flag
 
 SINGLE_STEP = frozenset({"ensemble_training", "fgsm", "fgsm_rs", "free", "n_fgsm"})
-MANY_STEPS = frozenset({"mart", "pgd_training", "trades"})
+MANY_STEPS = frozenset({"ard", "mart", "pgd_training", "rslad", "trades"})
 PLAIN_PGD = frozenset({"pgd", "torchattacks.PGD", "torchattacks.PGDL2", "torchattacks.BIM"})
 Parameter = Callable[[registry.Kind, Use, str], object]
 """(kind, use, parameter) -> its value in the recipe, else its default, else None."""

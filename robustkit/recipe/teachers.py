@@ -21,6 +21,10 @@ def teacher_of(
     inherited = parent.teacher if parent is not None and "defenses" not in draft.given else None
     teacher = draft.teacher or inherited
     learners = [use.label for use in defenses if HOOK in defined_hooks(reader, use)]
+    parted = [use.label for use in defenses if "partition" in defined_hooks(reader, use)]
+    if trains and learners and parted:
+        message = f"the members of {parted[0]} would share a teacher: one poisoned example could reach them all"
+        reader.problem((*draft.path, "defenses"), message, f"drop {learners[0]}; a vote may be a teacher itself")
     if draft.given.get("teacher") is not None:
         _check_used(reader, draft, learners, trains)
     elif trains and learners and teacher is None:

@@ -24,7 +24,7 @@ from robustkit.seeding import derive_seed
 from robustkit.steps.members import fit_members, owner_of, remove_states
 from robustkit.steps.teach import teach
 from robustkit.store import STATE, write_atomic
-from robustkit.train.hooks import Defense, owned_hooks
+from robustkit.train.hooks import Defense, is_taught, owned_hooks
 from robustkit.train.loop import fit
 from robustkit.workbench import MODEL, Workbench, threat_of
 
@@ -105,7 +105,8 @@ def _fit_vote(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset)
         return without_hooks(_build(bench, variant, step, part))
 
     defenses = _defenses(bench, variant, None)
-    teach(bench, step, defenses)
+    if any(is_taught(defense) for _, defense in defenses):
+        raise UsageError(f"{variant.label}: members of a vote cannot share a teacher: one poison could reach them all")
     found = fit_members(bench, variant, step, data, defenses, build)
     _save(bench, found.last, variant, data, step, LAST)
     _save(bench, found.best, variant, data, step, MODEL)

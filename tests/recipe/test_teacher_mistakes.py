@@ -144,6 +144,10 @@ MISTAKES = {
         "  big:\n  a: {teacher: big, defenses: [distill, trades]}\n",
         (2, 31), "distill and trades both own `objective`", "keep one",
     ),
+    "a vote": (
+        "  big:\n  a: {teacher: big, defenses: [partition_ensemble, distill]}\n",
+        (2, 31), "members of partition_ensemble would share a teacher: one poisoned example could", "drop distill",
+    ),
     "a norm that ard has not": (
         "  big:\n  a: {teacher: big, threat: {norm: l1, eps: 2}, defenses: [ard]}\nthreat: {eps: 0.1}\n",
         (2, 60), "ard trains against linf or l2; the threat is l1", "change the threat's norm",

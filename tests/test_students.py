@@ -13,9 +13,15 @@ from torch import Tensor
 
 import robustkit
 from robustkit.cli.group import run as cli
-from robustkit.pipeline import plan_of
+from robustkit.defenses.adversarial import Trades
+from robustkit.errors import UsageError
+from robustkit.pipeline import Events, plan_of
+from robustkit.recipe.plan import Step
 from robustkit.recipe.schema import parse_recipe
 from robustkit.steps import fit
+from robustkit.steps.teach import teach
+from robustkit.store import EventLog, Store
+from robustkit.workbench import Workbench
 
 TEXT = """\
 name: taught
@@ -98,3 +104,25 @@ def test_a_teacher_that_fails_takes_its_students_along(tmp_path: Path, capsys: p
     shown = "".join(capsys.readouterr())
     assert "not made, because big failed" in shown
     assert "not made, because student failed" in shown
+
+
+def test_what_a_source_hides_is_seen_before_the_training(tmp_path: Path) -> None:
+    hidden = "class Hidden(Defense): pass\nsetattr(Hidden, 'take_teacher', lambda self, teacher: None)\n"
+    (tmp_path / "hidden.py").write_text(f"from robustkit import Defense\n{hidden}")
+    head, tail = TEXT[: TEXT.index("variants:")], TEXT[TEXT.index("evaluate:") :]
+    vote = "  vote: {defenses: [partition_ensemble: {parts: 2}, 'hidden.py:Hidden']}\n"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{head}variants:\n  alone: {{defenses: ['hidden.py:Hidden']}}\n{vote}{tail}")
+    with pytest.raises(robustkit.RobustkitError) as caught:
+        robustkit.run(path, runs=tmp_path)
+    assert "alone: hidden.py:Hidden learns from a teacher; add `teacher:`" in str(caught.value)
+    assert "vote: members of a vote cannot share a teacher" in str(caught.value)
+
+
+def test_a_teacher_that_no_class_learns_from_is_seen_before_the_training(seen: Seen) -> None:
+    step = Step("fit", "key", "a", 0, ("other",), teacher="other")
+    log = EventLog(seen.folder / "log")
+    bench = Workbench(plan_of(parse_recipe(TEXT)), Store(seen.folder), Events(log, None))
+    with pytest.raises(UsageError, match="a: no defense learns from its teacher"):
+        teach(bench, step, [("trades#1", Trades())])
+    log.close()

@@ -21,7 +21,7 @@ from robustkit.recipe.plan import Plan, Step, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
 from robustkit.results import Audit, CertifiedRate, Corruptions, Curve, Flag, Paired, Rate, Results, VariantResult
-from robustkit.store import Store, write_npz
+from robustkit.store import MODEL, Store, write_npz
 
 Bools = NDArray[np.bool_]
 OUTCOME = "outcome.npz"
@@ -243,6 +243,7 @@ def _row(
         train_seconds=round(float(fit.get("train_seconds", 0.0)), 3),
         arrays=_write_arrays(store, one),
         gallery=_write_gallery(plan, store, one),
+        model=f"steps/{plan.fit_keys[one.variant, one.seed]}/{MODEL}",
     )
 
 

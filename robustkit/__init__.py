@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from robustkit.api import run as run
+    from robustkit.artefacts import export as export
     from robustkit.attacks.threat import Attack as Attack
     from robustkit.attacks.threat import Threat as Threat
     from robustkit.data.split import Dataset as Dataset
@@ -46,6 +47,7 @@ _PUBLIC = {
     "corrupted_accuracy": "robustkit.evaluation.corrupted:corrupted_accuracy",
     "diagnose": "robustkit.evaluation.diagnose:diagnose",
     "evaluate": "robustkit.evaluation.api:evaluate",
+    "export": "robustkit.artefacts:export",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",
     "minimum_distances": "robustkit.evaluation.minimum:minimum_distances",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from robustkit.evaluation.diagnose import diagnose as diagnose
     from robustkit.evaluation.minimum import minimum_distances as minimum_distances
     from robustkit.models.artefact import load_model as load  # noqa: F401
+    from robustkit.models.weights import load_weights as load_weights
     from robustkit.recipe.schema import load_recipe as load_recipe
     from robustkit.registry import register as register
     from robustkit.results import Results as Results
@@ -50,6 +51,7 @@ _PUBLIC = {
     "export": "robustkit.artefacts:export",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",
+    "load_weights": "robustkit.models.weights:load_weights",
     "minimum_distances": "robustkit.evaluation.minimum:minimum_distances",
     "read_results": "robustkit.results:read_results",
     "register": "robustkit.registry:register",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from robustkit.api import run as run
+    from robustkit.artefacts import export as export
     from robustkit.attacks.threat import Attack as Attack
     from robustkit.attacks.threat import Threat as Threat
     from robustkit.data.split import Dataset as Dataset
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from robustkit.evaluation.diagnose import diagnose as diagnose
     from robustkit.evaluation.minimum import minimum_distances as minimum_distances
     from robustkit.models.artefact import load_model as load  # noqa: F401
+    from robustkit.models.weights import load_weights as load_weights
     from robustkit.recipe.schema import load_recipe as load_recipe
     from robustkit.registry import register as register
     from robustkit.results import Results as Results
@@ -46,8 +48,10 @@ _PUBLIC = {
     "corrupted_accuracy": "robustkit.evaluation.corrupted:corrupted_accuracy",
     "diagnose": "robustkit.evaluation.diagnose:diagnose",
     "evaluate": "robustkit.evaluation.api:evaluate",
+    "export": "robustkit.artefacts:export",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",
+    "load_weights": "robustkit.models.weights:load_weights",
     "minimum_distances": "robustkit.evaluation.minimum:minimum_distances",
     "read_results": "robustkit.results:read_results",
     "register": "robustkit.registry:register",

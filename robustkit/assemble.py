@@ -19,7 +19,7 @@ from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
 from robustkit.results import Audit, Corruptions, Curve, Flag, Paired, Results, VariantResult
-from robustkit.store import Store
+from robustkit.store import MODEL, Store
 
 Identity = tuple[str, int]
 
@@ -160,6 +160,7 @@ def _row(
         train_seconds=round(float(fit.get("train_seconds", 0.0)), 3),
         arrays=write_arrays(store, one),
         gallery=write_gallery(plan, store, one),
+        model=f"steps/{plan.fit_keys[one.variant, one.seed]}/{MODEL}",
     )
 
 

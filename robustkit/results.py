@@ -295,6 +295,8 @@ class VariantResult(Record):
     gallery: Name | None = None
     """Path, relative to the run folder, of the npz with clean (N, C, H, W) uint8, adversarial float32, label,
     prediction_clean, prediction_adversarial, confidence_clean, confidence_adversarial, norm."""
+    model: Name | None = None
+    """Path, relative to the run folder, of the model's file."""
 
 
 GateVerdict = Literal["holds", "holds (within noise)", "fails (within noise)", "fails"]

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from robustkit.errors import RobustkitError, UsageError
 
 RECORD = "record.json"
+MODEL = "model.safetensors"
 STATE = "state.pt"
 PARTIAL = "partial.npz"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -12,19 +11,15 @@ from robustkit import registry
 from robustkit.attacks.engine import Allowed
 from robustkit.attacks.threat import Threat
 from robustkit.data.load import load_dataset
-from robustkit.data.split import Dataset, Split
+from robustkit.data.split import Dataset, Split, fixed_subset
 from robustkit.errors import UsageError
 from robustkit.models.artefact import load_model
 from robustkit.recipe.plan import Plan
 from robustkit.recipe.spec import Recipe, ThreatSpec, Use
-from robustkit.store import Store
+from robustkit.store import MODEL, Store
 
 if TYPE_CHECKING:
     from robustkit.pipeline import Events
-
-MODEL = "model.safetensors"
-SUBSET_SEED = 20_190_220
-"""Fixed, so that every run of every recipe attacks the same test examples."""
 
 
 class Workbench:
@@ -74,10 +69,7 @@ class Workbench:
     def test(self) -> Split:
         """Return the examples that every variant is measured on: a fixed random subset of the test split."""
         if self._test is None:
-            split = self.any_dataset().test
-            order = np.random.default_rng(SUBSET_SEED).permutation(len(split))
-            count = min(self.recipe.evaluate.examples or len(split), len(split))
-            self._test = split.select(torch.from_numpy(order[:count].copy())).to(self.device)
+            self._test = fixed_subset(self.any_dataset().test, self.recipe.evaluate.examples).to(self.device)
         return self._test
 
     def model(self, key: str) -> nn.Module:

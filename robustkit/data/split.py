@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+SUBSET_SEED = 20_190_220
+"""Fixed, so that every run of every recipe attacks the same test examples."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Split:
 def split_of(images: Tensor, labels: Tensor) -> Split:
     """Return a split of uint8 images (N, C, H, W) and labels (N,)."""
     return Split(images, labels.to(torch.int64), torch.arange(labels.shape[0], device=labels.device))
+
+
+def fixed_subset(split: Split, examples: int | None) -> Split:
+    """Return at most so many examples of a split, all for None: random ones, the same at each call."""
+    order = np.random.default_rng(SUBSET_SEED).permutation(len(split))
+    return split.select(torch.from_numpy(order[:examples].copy()))
 
 
 @dataclass(frozen=True)

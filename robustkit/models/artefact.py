@@ -17,7 +17,7 @@ from robustkit import registry
 from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_inner
-from robustkit.models.meta import without_memory
+from robustkit.models.meta import at_most, without_memory
 from robustkit.models.normalized import Normalized
 from robustkit.models.vote import Vote
 from robustkit.models.widths import Width, apply_widths, widths_of
@@ -60,21 +60,29 @@ def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes:
     write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
 
 
+def is_model_file(path: Path) -> bool:
+    """Say whether a file is safetensors with an architecture of robustkit's; a broken one counts if it is named so.
+
+    Raises:
+        ModelError: there is no such file, or it is named .safetensors and cannot be read.
+    """
+    if path.is_file() and path.suffix != ".safetensors":
+        return False
+    return "robustkit" in _metadata(path)
+
+
 def read_architecture(path: Path) -> Architecture:
     """Return what a model file says of itself.
 
     Raises:
         ModelError: no such file, not safetensors, truncated, or not written by robustkit.
     """
-    if not path.is_file():
-        raise ModelError(f"{path}: there is no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path}: not a safetensors file, or a truncated one: {error}") from error
+    metadata = _metadata(path)
     if "robustkit" not in metadata:
-        raise ModelError(f"{path}: holds weights but no robustkit architecture")
+        raise ModelError(
+            f"{path}: holds weights but no robustkit architecture; robustkit.load_weights and `robustkit attack "
+            "--model` take the model's name beside it"
+        )
     try:
         found = Architecture.model_validate(json.loads(metadata["robustkit"]))
     except (ValidationError, ValueError) as error:
@@ -84,6 +92,26 @@ def read_architecture(path: Path) -> Architecture:
     if not all(1 <= side <= MAX_SIDE for side in found.shape):
         raise ModelError(f"{path}: images of shape {found.shape} are absurd")
     return found
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        if _pickled(path):
+            raise ModelError(
+                f"{path}: a pickle or a file of torch.save, which can run code; robustkit.load reads safetensors. "
+                "A state dict is read by robustkit.load_weights and `robustkit attack --model`"
+            ) from error
+        raise ModelError(f"{path}: not a safetensors file, or a truncated one: {error}") from error
+
+
+def _pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def load_model(
@@ -121,7 +149,7 @@ def _skeleton(
     channels = described.shape[0]
     try:
         # On the meta device nothing is allocated, whatever sizes the file claims.
-        with without_memory(use.name) if on_meta else torch.device("cpu"):
+        with without_memory(use.name) if on_meta else torch.device("cpu"), at_most(_count(path)):
             built = [
                 build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder, plugins=plugins)
                 for _ in range(max(1, described.members))
@@ -133,6 +161,12 @@ def _skeleton(
             return whole[0]
     except (ModelError, TypeError, ValueError, RuntimeError, MemoryError) as error:
         raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
+
+
+def _count(path: Path) -> int:
+    """Return how many tensors a file holds."""
+    with safe_open(str(path), framework="pt") as file:
+        return len(file.keys())
 
 
 def _fill(model: nn.Module, path: Path) -> None:

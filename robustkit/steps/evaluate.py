@@ -25,8 +25,8 @@ from robustkit.recipe.plan import Step
 from robustkit.recipe.spec import Use
 from robustkit.seeding import derive_seed
 from robustkit.steps.last import best_and_last
-from robustkit.store import Partial
-from robustkit.workbench import MODEL, Workbench, threat_of
+from robustkit.store import MODEL, Partial
+from robustkit.workbench import Workbench, threat_of
 
 OUTCOME = "outcome.npz"
 GALLERY = "gallery.npz"

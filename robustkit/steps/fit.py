@@ -23,10 +23,10 @@ from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
 from robustkit.steps.members import fit_members, owner_of, remove_states
 from robustkit.steps.teach import teach
-from robustkit.store import STATE, write_atomic
+from robustkit.store import MODEL, STATE, write_atomic
 from robustkit.train.hooks import Defense, is_taught, owned_hooks
 from robustkit.train.loop import fit
-from robustkit.workbench import MODEL, Workbench, threat_of
+from robustkit.workbench import Workbench, threat_of
 
 LAST = "last.safetensors"
 EARLY = "epoch-{}.safetensors"

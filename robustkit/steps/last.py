@@ -8,8 +8,9 @@ from robustkit.recipe.plan import Step
 from robustkit.results import Flag
 from robustkit.seeding import derive_seed
 from robustkit.steps.fit import LAST
+from robustkit.store import MODEL
 from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy, robust_subset
-from robustkit.workbench import MODEL, Workbench, threat_of
+from robustkit.workbench import Workbench, threat_of
 
 
 def best_and_last(bench: Workbench, step: Step) -> dict[str, Any]:

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustkit.data.load import load_dataset
-from robustkit.data.split import Dataset
+from robustkit.data.split import SUBSET_SEED, Dataset
 from robustkit.models.artefact import load_model
 from robustkit.recipe.schema import load_recipe
-from robustkit.workbench import SUBSET_SEED
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCALE = 100.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -291,6 +293,23 @@ def header(raw: bytes, old: str, new: str) -> bytes:
     return len(changed).to_bytes(8, "little") + changed + raw[8 + size :]
 
 
+def saved_by_torch() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.ones(2)}, buffer)
+    return buffer.getvalue()
+
+
+def escaped(text: str) -> str:
+    return text.replace('"', '\\"')
+
+
+MODEL = escaped('"small_cnn","parameters":{"widths":[4,4]}')
+DEEP = escaped('"wide_resnet","parameters":{"depth":600000004,"width":1}')
+WIDE = escaped('"resnet18","parameters":{"width":1000000000000}')
+WIDER = escaped('"widths":{"inner.groups.0.conv1":{"inputs":1,"outputs":5}}')
+NOWHERE = escaped('"widths":{"inner.nowhere":{"inputs":1,"outputs":1}}')
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -304,8 +323,35 @@ def header(raw: bytes, old: str, new: str) -> bytes:
         (lambda raw: header(raw, "[4,4]", "[4,9999999999]"), "model.safetensors"),
         (lambda raw: header(raw, "[1,8,8]", "[1,8,-8]"), "absurd"),
         (lambda raw: header(raw, '\\"widths\\"', '\\"width\\"'), "width"),
+        (lambda raw: pickle.dumps({"weight": 1}), "a pickle or a file of torch.save"),
+        (lambda raw: saved_by_torch(), "a pickle or a file of torch.save"),
+        (lambda raw: header(raw, '\\"widths\\":{}', WIDER), "more than the architecture's 1 -> 4"),
+        (lambda raw: header(raw, '\\"widths\\":{}', NOWHERE), "inner.nowhere is no convolution"),
+        (lambda raw: header(raw, '\\"members\\":0', '\\"members\\":10000'), "far more layers than the"),
+        (lambda raw: header(raw, MODEL, DEEP), "far more layers than the"),
+        (lambda raw: header(raw, MODEL, WIDE), "cannot be built"),
+        (lambda raw: header(raw, '"robustkit":', '"otherkit":'), "load_weights"),
     ],
-    ids=["cut", "empty", "garbage", "format", "unknown", "shape", "layers", "huge", "negative", "parameter"],
+    ids=[
+        "cut",
+        "empty",
+        "garbage",
+        "format",
+        "unknown",
+        "shape",
+        "layers",
+        "huge",
+        "negative",
+        "parameter",
+        "pickle",
+        "zip",
+        "widened",
+        "nowhere",
+        "members",
+        "deep",
+        "wide",
+        "foreign",
+    ],
 )
 def test_a_broken_or_hostile_file_is_an_error_that_names_it(spoil: object, message: str, stored: Path) -> None:
     stored.write_bytes(spoil(stored.read_bytes()))  # type: ignore[operator]

@@ -16,7 +16,7 @@ import robustkit
 from robustkit.attacks.threat import Threat
 from robustkit.checkpoint import StateFile
 from robustkit.data.load import load_dataset
-from robustkit.data.split import Dataset, split_of
+from robustkit.data.split import SUBSET_SEED, Dataset, split_of
 from robustkit.defenses.adversarial import NFgsm, PgdTraining, Trades
 from robustkit.defenses.alignment import GradAlign
 from robustkit.defenses.curriculum import Curriculum
@@ -37,7 +37,6 @@ from robustkit.train.loop import Fitted, fit
 from robustkit.train.overfitting import overfitting_flags
 from robustkit.train.switch import substitutes
 from robustkit.train.validate import Attacked, robust_accuracy
-from robustkit.workbench import SUBSET_SEED
 
 CPU = torch.device("cpu")
 Events = list[tuple[str, Mapping[str, Any]]]

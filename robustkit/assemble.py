@@ -14,6 +14,7 @@ from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flag
 from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
+from robustkit.evaluation.ways import adaptive_notes, adaptive_of
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, Step, describe_variant
@@ -47,6 +48,8 @@ class Evaluated:
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
     distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Per-example distances of the minimum-norm attacks, by label."""
+    ways: list[tuple[Bools, Bools]] = field(default_factory=list)
+    """Of each attack on a variant with inference wrappers: right as deployed, and right through the view."""
     labels: NDArray[np.int64] | None = None
 
     def rates(self) -> dict[str, Rate]:
@@ -126,6 +129,8 @@ def _collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | N
             found.attacks[step.use.label] = record
             arrays = _arrays(store, step)
             found.correct[step.use.label] = arrays["correct"]
+            if "naive" in arrays:
+                found.ways.append((arrays["naive"], arrays["adaptive"]))
             if "minimal_distance" in arrays:
                 found.distances[step.use.label] = arrays["minimal_distance"]
         elif step.kind == "certify" and step.use is not None:
@@ -191,6 +196,7 @@ def _row(
         certified=one.certified,
         corruptions=_corruptions(one),
         audit=_audit(one),
+        adaptive=adaptive_of(one.correct["clean"], one.ways),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
         curves=curves,
@@ -215,7 +221,12 @@ def _row(
             *_flags(plan, one),
             *curve_flags(curves, len(classes)),
         ],
-        notes=[*fit.get("notes", []), *measure.get("notes", []), *_audited(one)],
+        notes=[
+            *fit.get("notes", []),
+            *measure.get("notes", []),
+            *_audited(one),
+            *adaptive_notes(one.correct["clean"], one.ways),
+        ],
         forwards=_total(one, "forwards"),
         backwards=_total(one, "backwards"),
         seconds=round(sum(float(record.get("seconds", 0)) for record in _outcomes(one)), 3),

@@ -47,6 +47,11 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "pgd_training": "robustkit.defenses.adversarial:PgdTraining",
         "n_fgsm": "robustkit.defenses.adversarial:NFgsm",
         "trades": "robustkit.defenses.adversarial:Trades",
+        "jpeg": "robustkit.defenses.inference:Jpeg",
+        "bit_depth": "robustkit.defenses.inference:BitDepth",
+        "median_filter": "robustkit.defenses.inference:MedianFilter",
+        "randomized_smoothing": "robustkit.defenses.sampled:RandomizedSmoothing",
+        "mc_dropout": "robustkit.defenses.sampled:McDropout",
     },
     "compressor": {
         "global_l1": "robustkit.compress.prune:GlobalL1",

@@ -82,10 +82,12 @@ class Workbench:
             self._model = (key, self.load(key))
         return self._model[1]
 
-    def load(self, key: str) -> nn.Module:
-        """Return a fresh copy of the stored model of a fit step, in eval mode on the device."""
+    def load(self, key: str, *, wrapped: bool = True) -> nn.Module:
+        """Return a fresh copy of the stored model of a fit step, in eval mode on the device; wrapped as deployed."""
         path = self.store.step(key) / MODEL
-        model = load_model(path, folder=self.recipe.folder, plugins=self.recipe.plugins, trust_plugins=True)
+        model = load_model(
+            path, folder=self.recipe.folder, plugins=self.recipe.plugins, trust_plugins=True, wrapped=wrapped
+        )
         return model.to(self.device).eval()
 
     def create(self, kind: registry.Kind, use: Use) -> object:

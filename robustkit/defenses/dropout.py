@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,19 @@ def remove_dropout(model: nn.Module) -> nn.Module:
             getattr(module, _HANDLE).remove()
             delattr(module, _HANDLE)
             delattr(module, CHILD)
+    return model
+
+
+def attach_dropout(model: nn.Module, layer: Callable[[int], nn.Module]) -> nn.Module:
+    """Put `layer(number)` before each linear layer with hidden inputs, in place, and return the model.
+
+    Raises UsageError where the model has no such layer.
+    """
+    linears, _ = places(model)
+    if not linears:
+        raise UsageError("mc_dropout finds no linear layer with hidden inputs in this model: choose another defense")
+    for number, module in enumerate(linears):
+        _attach(module, layer(number), before=True)
     return model
 
 

@@ -110,6 +110,12 @@ def _fit_step(
         threat=_threat(variant.threat) if _meets_threat(variant) else None,
         train=_train(train, source_hash) if train else None,
         normalize=recipe.normalize.model_dump() if recipe.normalize and not parent else None,
+        # Only where there are any, so that older results stay valid.
+        **(
+            {"wrappers": [_identity("defense", use, source_hash) for use in variant.wrappers]}
+            if variant.wrappers
+            else {}
+        ),
     )
     return Step("fit", key, variant.label, seed, (parent,) if parent else (), description=describe_variant(variant))
 

@@ -158,9 +158,10 @@ def _variant(
     compress = reader.uses("compressor", (*path, "compress"), given.get("compress"))
     trains = parent is None or given.get("train") is not None
     update = read_train(reader, (*path, "train"), given.get("train"))
-    if not trains and given.get("defenses"):
+    wrappers = tuple(use for use in defenses if "wrap" in owned_hooks(reader, use, ("wrap",)))
+    if not trains and any(use not in wrappers for use in defenses) and given.get("defenses"):
         reader.problem((*path, "defenses"), "defenses do nothing here: the variant is not trained", "add `train: {}`")
-    if parent is not None and not trains and not compress:
+    if parent is not None and not trains and not compress and wrappers == parent.wrappers:
         reader.problem(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )
@@ -174,6 +175,7 @@ def _variant(
         model=chosen,
         threat=budget,
         defenses=defenses,
+        wrappers=wrappers,
         compress=compress,
         train=train.model_copy(update=update) if trains else None,
     )
@@ -205,20 +207,20 @@ def _check_exclusive(reader: Reader, draft: Draft, defenses: tuple[Use, ...]) ->
             owners[hook] = use.label
 
 
-def owned_hooks(reader: Reader, use: Use) -> tuple[str, ...]:
-    """Return the exclusive hooks that a defense defines or inherits, read from its source."""
+def owned_hooks(reader: Reader, use: Use, among: tuple[str, ...] = EXCLUSIVE_HOOKS) -> tuple[str, ...]:
+    """Return the hooks, by default of the exclusive ones, that a defense defines or inherits, read from its source."""
     try:
         entry = registry.find("defense", use.name, folder=reader.folder, plugins=reader.plugins)
     except UsageError:
         return ()
     if entry.origin == "registered":
-        return _live_hooks(registry.load(entry))
+        return _live_hooks(registry.load(entry), among)
     defined = hooks_of(entry.file, entry.attribute) if entry.file else ()
-    return tuple(hook for hook in EXCLUSIVE_HOOKS if hook in defined)
+    return tuple(hook for hook in among if hook in defined)
 
 
-def _live_hooks(made: object) -> tuple[str, ...]:
+def _live_hooks(made: object, among: tuple[str, ...]) -> tuple[str, ...]:
     # Imported here, as it brings torch; a defense that is a class already has brought it before.
     from robustkit.train import hooks
 
-    return hooks.owned_hooks(made) if isinstance(made, type) and issubclass(made, hooks.Defense) else ()
+    return hooks.owned_hooks(made, among) if isinstance(made, type) and issubclass(made, hooks.Defense) else ()

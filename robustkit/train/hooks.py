@@ -207,6 +207,6 @@ def is_adversarial(defense: Defense) -> bool:
     return type(defense).perturb is not Defense.perturb
 
 
-def owned_hooks(defense: type[Defense]) -> tuple[str, ...]:
-    """Return the exclusive hooks that this defense overrides."""
-    return tuple(hook for hook in EXCLUSIVE_HOOKS if getattr(defense, hook) is not getattr(Defense, hook))
+def owned_hooks(defense: type[Defense], among: tuple[str, ...] = EXCLUSIVE_HOOKS) -> tuple[str, ...]:
+    """Return the hooks, by default of the exclusive ones, that this defense overrides."""
+    return tuple(hook for hook in among if getattr(defense, hook) is not getattr(Defense, hook))

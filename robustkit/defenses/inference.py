@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 
 from robustkit.attacks.adaptive import Bpda
 from robustkit.errors import ModelError, UsageError
@@ -60,12 +62,22 @@ def compress_jpeg(x: Tensor, quality: int) -> Tensor:
     """
     if x.shape[1] not in (1, 3):
         raise ModelError(f"jpeg: images have {x.shape[1]} channels; JPEG files have 1 or 3: drop `jpeg`")
-    if x.is_meta:
+    if x.is_meta or not len(x):
         return x * 0
     levels = (x.detach() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-    files: Tensor = transforms.jpeg(levels, quality).to(x.device, x.dtype) / 255
+    # Encoders take one image at a time.
+    files = torch.stack([_through_file(image, quality) for image in levels]).to(x.device, x.dtype) / 255
     # A zero gradient, as that of rounding, and not none: attacks that ask for one go on.
     return files + 0 * x
+
+
+def _through_file(image: Tensor, quality: int) -> Tensor:
+    """Return an image (C, H, W) uint8 as Pillow reads it from a JPEG file of this quality."""
+    values = image.permute(1, 2, 0).numpy()
+    with BytesIO() as file:
+        Image.fromarray(values[..., 0] if len(image) == 1 else values).save(file, "JPEG", quality=quality)
+        read = np.array(Image.open(file))
+    return torch.from_numpy(read).reshape(values.shape).permute(2, 0, 1)
 
 
 class Preprocessed(nn.Module):

@@ -11,6 +11,7 @@ from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flag
 from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
+from robustkit.evaluation.ways import adaptive_notes, adaptive_of
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.per_example import write_arrays, write_gallery
 from robustkit.poisoning import poisoning_of, tolerance_of
@@ -129,6 +130,7 @@ def _row(
         poisoning=poisoning_of(one.fooled, fit),
         tolerance=tolerance_of(one.radius, int(one.records.get("tolerance", {}).get("members", 0))),
         audit=_audit(one),
+        adaptive=adaptive_of(one.correct["clean"], one.ways),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
         curves=curves,
@@ -153,7 +155,12 @@ def _row(
             *_flags(plan, one),
             *curve_flags(curves, len(classes)),
         ],
-        notes=[*fit.get("notes", []), *measure.get("notes", []), *_audited(one)],
+        notes=[
+            *fit.get("notes", []),
+            *measure.get("notes", []),
+            *_audited(one),
+            *adaptive_notes(one.correct["clean"], one.ways),
+        ],
         forwards=_total(one, "forwards"),
         backwards=_total(one, "backwards"),
         seconds=round(sum(float(record.get("seconds", 0)) for record in _outcomes(one)), 3),

@@ -97,6 +97,11 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "awp": "robustkit.defenses.awp:Awp",
         "grad_align": "robustkit.defenses.alignment:GradAlign",
         "curriculum": "robustkit.defenses.curriculum:Curriculum",
+        "jpeg": "robustkit.defenses.inference:Jpeg",
+        "bit_depth": "robustkit.defenses.inference:BitDepth",
+        "median_filter": "robustkit.defenses.inference:MedianFilter",
+        "randomized_smoothing": "robustkit.defenses.sampled:RandomizedSmoothing",
+        "mc_dropout": "robustkit.defenses.sampled:McDropout",
     },
     "compressor": {
         "global_l1": "robustkit.compress.prune:GlobalL1",

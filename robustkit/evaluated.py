@@ -37,6 +37,8 @@ class Evaluated:
     """Per-example correctness: `clean`, each attack's label, and `worst`."""
     distances: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Per-example distances of the minimum-norm attacks, by label."""
+    ways: list[tuple[Bools, Bools]] = field(default_factory=list)
+    """Of each attack on a variant with inference wrappers: right as deployed, and right through the view."""
     radius: NDArray[np.int64] | None = None
     """How many poisons a vote tolerates, -1 where it is wrong without any."""
     fooled: Bools | None = None
@@ -64,6 +66,8 @@ def collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | No
             found.attacks[step.use.label] = record
             arrays = _arrays(store, step)
             found.correct[step.use.label] = arrays["correct"]
+            if "naive" in arrays:
+                found.ways.append((arrays["naive"], arrays["adaptive"]))
             if "minimal_distance" in arrays:
                 found.distances[step.use.label] = arrays["minimal_distance"]
         elif step.kind == "certify" and step.use is not None:

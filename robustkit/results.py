@@ -159,6 +159,20 @@ class CertifiedRate(Rate):
     seconds: Amount = 0.0
 
 
+class Adaptive(Record):
+    """Worst-case accuracy of a variant with inference wrappers: attacked as deployed, and through its honest view."""
+
+    naive: Rate
+    adaptive: Rate
+
+    def __str__(self) -> str:
+        survives = self.adaptive.value / self.naive.value if self.naive.value else 1.0
+        return (
+            f"inference wrapper: {self.naive.value:.1%} withstand attacks on it as deployed, {self.adaptive.value:.1%} "
+            f"adaptive ones (BPDA, EOT); {min(1.0, survives):.0%} of its robustness survives"
+        )
+
+
 class Corruptions(Record):
     """Accuracy under common corruptions: the mean of all, and severities 1 to 5 by corruption."""
 
@@ -263,6 +277,8 @@ class VariantResult(Record):
     """Of a `partition_ensemble`."""
     audit: Audit | None = None
     """With `evaluate.audit`: AutoAttack-standard on a random subset of what every attack left."""
+    adaptive: Adaptive | None = None
+    """Of a variant with inference wrappers; `worst` counts both ways."""
     versus_parent: Paired | None = None
     """Worst-case accuracy against the parent's, paired."""
     per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)

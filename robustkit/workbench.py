@@ -78,10 +78,12 @@ class Workbench:
             self._model = (key, self.load(key))
         return self._model[1]
 
-    def load(self, key: str, name: str = MODEL) -> nn.Module:
-        """Return a fresh copy of a stored model of a fit step, in eval mode on the device."""
+    def load(self, key: str, name: str = MODEL, *, wrapped: bool = True) -> nn.Module:
+        """Return a fresh copy of a stored model of a fit step, in eval mode on the device; wrapped as deployed."""
         path = self.store.step(key) / name
-        model = load_model(path, folder=self.recipe.folder, plugins=self.recipe.plugins, trust_plugins=True)
+        model = load_model(
+            path, folder=self.recipe.folder, plugins=self.recipe.plugins, trust_plugins=True, wrapped=wrapped
+        )
         return model.to(self.device).eval()
 
     def create(self, kind: registry.Kind, use: Use) -> object:

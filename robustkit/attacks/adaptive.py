@@ -94,6 +94,11 @@ class Through:
         """Whether the attack's random numbers belong to the example, not to the batch."""
         return bool(getattr(self.attack, "seeded_by_example", False))
 
+    @property
+    def minimum_norm(self) -> bool:
+        """Whether the attack looks for the smallest change, whatever eps."""
+        return bool(getattr(self.attack, "minimum_norm", False))
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
         """Return what the attack finds on the view of the model."""
         return self.attack(self.view(model).eval(), x, y, threat, generator=generator)

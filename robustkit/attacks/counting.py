@@ -25,8 +25,11 @@ class CountedModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits."""
+        return self.count(x, self.engine(self.model, x))
+
+    def count(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Return logits that were found for images x, counted: forward now, backward when a gradient reaches them."""
         self.forwards += x.shape[0]
-        logits = self.engine(self.model, x)
         if logits.requires_grad:
             logits.register_hook(self._backward)
         return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,6 +14,7 @@ from robustkit.train.hooks import Defense
 
 KIND = "dropout"
 KIND_2D = "dropout2d"
+KIND_SAMPLED = "mc_dropout"
 
 
 def insert_dropout(model: nn.Module, *, p: float, conv: float = 0.0) -> nn.Module:
@@ -58,6 +60,19 @@ def insert_dropout2d(model: nn.Module, *, p: float) -> nn.Module:
         raise UsageError("dropout2d: this model has no convolution")
     for module in convolutions:
         attach(module, nn.Dropout2d(p), KIND_2D)
+    return model
+
+
+def attach_dropout(model: nn.Module, layer: Callable[[int], nn.Module]) -> nn.Module:
+    """Put `layer(number)` before each linear layer with hidden inputs, in place, and return the model.
+
+    Raises UsageError where the model has no such layer.
+    """
+    linears, _ = places(model)
+    if not linears:
+        raise UsageError("mc_dropout finds no linear layer with hidden inputs in this model: choose another defense")
+    for number, module in enumerate(linears):
+        attach(module, layer(number), KIND_SAMPLED, before=True)
     return model
 
 

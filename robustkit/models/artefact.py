@@ -21,12 +21,23 @@ from robustkit.models.meta import at_most, without_memory
 from robustkit.models.normalized import Normalized
 from robustkit.models.vote import Vote
 from robustkit.models.widths import Width, apply_widths, widths_of
+from robustkit.models.wrapped import Wrapped
 from robustkit.recipe.spec import Use
 from robustkit.store import write_atomic
+from robustkit.train.hooks import Defense
 
 FORMAT = "robustkit/1"
 MAX_SIDE = 65_536
 MAX_MEMBERS = 10_000
+
+
+class Wrapper(BaseModel):
+    """An inference wrapper of a model: the defense that makes it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    parameters: dict[str, Any] = {}
 
 
 class Architecture(BaseModel):
@@ -43,10 +54,17 @@ class Architecture(BaseModel):
     """So many models of this architecture vote; 0: it is one model, which answers itself."""
     widths: dict[str, Width] = {}
     """Layers that are narrower than the model's own, by name: those of a shrunk model."""
+    wrappers: tuple[Wrapper, ...] = ()
+    """From the inside out."""
 
 
-def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str]) -> None:
-    """Write a model that was made by `build_model`, shrunk or not, or a vote of such; atomically."""
+def save_model(
+    model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str], wrappers: Sequence[Use] = ()
+) -> None:
+    """Write a plain model that was made by `build_model`, shrunk or not, or a vote of such; atomically.
+
+    `wrappers`: the defenses that wrap it for inference.
+    """
     described = Architecture(
         format=FORMAT,
         model=use.name,
@@ -55,6 +73,7 @@ def save_model(model: nn.Module, path: Path, use: Use, *, shape: Shape, classes:
         classes=tuple(classes),
         members=len(model.members) if isinstance(model, Vote) else 0,
         widths=widths_of(model),
+        wrappers=tuple(Wrapper(name=one.name, parameters=one.parameters) for one in wrappers),
     )
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
@@ -115,12 +134,18 @@ def _pickled(path: Path) -> bool:
 
 
 def load_model(
-    path: Path | str, *, folder: Path | None = None, plugins: Sequence[Path] = (), trust_plugins: bool = False
+    path: Path | str,
+    *,
+    folder: Path | None = None,
+    plugins: Sequence[Path] = (),
+    trust_plugins: bool = False,
+    wrapped: bool = True,
 ) -> nn.Module:
     """Return the model of a file in eval mode; its logits are bit-equal to those of the model that was saved.
 
     A model of a user's own class needs `trust_plugins=True`: making it runs that class's code. `folder` is where
-    relative files of code start; `plugins` are files in which the class is found by its bare name.
+    relative files of code start; `plugins` are files in which the class is found by its bare name. A model that was
+    saved with inference wrappers comes back behind them (`Wrapped`), or with `wrapped=False` as the plain model.
 
     Raises:
         ModelError: broken file, unknown architecture, or weights that do not fit it (checked before any is read).
@@ -139,8 +164,30 @@ def load_model(
     if own and not trust_plugins:
         raise ModelError(f"{path}: needs code from {use.name}; pass trust_plugins=True if you trust it")
     model = _skeleton(path, use, described, folder, plugins, on_meta=not own)
+    wrappers = _wrappers(path, described, folder, plugins, trust_plugins) if wrapped else []
     _fill(model, path)
-    return model.eval()
+    return Wrapped(model, wrappers).eval() if wrappers else model.eval()
+
+
+def _wrappers(
+    path: Path, described: Architecture, folder: Path | None, plugins: Sequence[Path], trust_plugins: bool
+) -> list[Defense]:
+    made = []
+    for one in described.wrappers:
+        try:
+            entry = registry.find("defense", one.name, folder=folder, plugins=plugins)
+            if registry.runs_user_code(entry) and not trust_plugins:
+                raise ModelError(f"{path}: needs code from {one.name}; pass trust_plugins=True if you trust it")
+            values, mistakes = registry.check_parameters(entry, one.parameters)
+            if mistakes:
+                raise ModelError(f"{path}: wrapper {one.name}: {mistakes[0][1]}")
+            defense = registry.create(entry, values)
+        except UsageError as error:
+            raise ModelError(f"{path}: wrapper {one.name}: {error}") from error
+        if not isinstance(defense, Defense):
+            raise ModelError(f"{path}: wrapper {one.name} is no defense")
+        made.append(defense)
+    return made
 
 
 def _skeleton(

@@ -134,6 +134,12 @@ def _fit_step(
         normalize=recipe.normalize.model_dump() if recipe.normalize and not parent else None,
         **({"keep": kept} if kept else {}),
         **({"teacher": teacher} if teacher else {}),
+        # Only where there are any, so that older results stay valid.
+        **(
+            {"wrappers": [_identity("defense", use, source_hash) for use in variant.wrappers]}
+            if variant.wrappers
+            else {}
+        ),
     )
     read = tuple(dict.fromkeys(one for one in (parent, teacher) if one))
     described = describe_variant(variant)

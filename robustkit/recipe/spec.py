@@ -70,6 +70,8 @@ class VariantSpec(Spec):
     model: Use
     threat: ThreatSpec
     defenses: tuple[Use, ...] = ()
+    wrappers: tuple[Use, ...] = ()
+    """Those of the defenses that wrap the model for inference."""
     compress: tuple[Use, ...] = ()
     train: TrainSpec | None = None
 

@@ -8,7 +8,7 @@ from robustkit.recipe.budget import budget_problem
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
 from robustkit.recipe.order import Draft, ordered
-from robustkit.recipe.owners import check_exclusive, check_parted
+from robustkit.recipe.owners import check_exclusive, check_parted, defined_hooks
 from robustkit.recipe.parts import read_threat, read_train
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.rewind import rewind_problem
@@ -93,9 +93,10 @@ def _variant(
     compress = reader.uses("compressor", (*path, "compress"), given.get("compress"))
     trains = parent is None or given.get("train") is not None
     update = read_train(reader, (*path, "train"), given.get("train"))
-    if not trains and given.get("defenses"):
+    wrappers = tuple(use for use in defenses if "wrap" in defined_hooks(reader, use))
+    if not trains and any(use not in wrappers for use in defenses) and given.get("defenses"):
         reader.problem((*path, "defenses"), "defenses do nothing here: the variant is not trained", "add `train: {}`")
-    if parent is not None and not trains and not compress:
+    if parent is not None and not trains and not compress and wrappers == parent.wrappers:
         reader.problem(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )
@@ -117,6 +118,7 @@ def _variant(
         model=chosen,
         threat=budget,
         defenses=defenses,
+        wrappers=wrappers,
         compress=compress,
         train=train.model_copy(update=update) if trains else None,
     )

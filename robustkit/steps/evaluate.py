@@ -14,6 +14,7 @@ from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Attack
 from robustkit.compress.costs import measure_costs, measure_latency, notes_of
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
+from robustkit.evaluation.both import Ways, adaptive, attack_both, checked_view
 from robustkit.evaluation.checks import preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
@@ -41,7 +42,9 @@ CURVE_TRIES = 4
 def measure_step(bench: Workbench, step: Step) -> None:
     """Store parameters, non-zeros, bytes, MACs and sparsity per layer of a model."""
     (fit_key,) = step.parents
-    costs = measure_costs(bench.model(fit_key), bench.any_dataset().shape, bench.store.step(fit_key) / MODEL)
+    costs = measure_costs(
+        bench.load(fit_key, wrapped=False), bench.any_dataset().shape, bench.store.step(fit_key) / MODEL
+    )
     values = asdict(costs)
     values["layers"] = [layer.model_dump() for layer in costs.layers]
     values["notes"] = notes_of(costs)
@@ -66,28 +69,14 @@ def attack_step(bench: Workbench, step: Step) -> None:
     """Store which test examples a model gets right under one attack, and images for the gallery."""
     assert step.use is not None
     model, test = bench.model(step.parents[0]), bench.test()
-    attack = bench.create("attack", step.use)
+    attack: Attack = bench.create("attack", step.use)  # type: ignore[assignment]
     clean = _read_outcome(bench, step.parents[1])
     _estimate(bench, step.use, clean)
     shown = min(bench.recipe.evaluate.gallery, len(test))
     followed = any(step.key in other.wants for other in bench.plan.steps)
-    outcome = attack_outcome(
-        model,
-        test.images,
-        test.labels,
-        attack,  # type: ignore[arg-type]
-        threat_of(bench.recipe.threat),
-        clean=clean,
-        seed=derive_seed(step.seed, step.key, "attack"),
-        label=step.use.name,
-        batch_size=bench.recipe.evaluate.batch_size,
-        device=bench.device,
-        keep=len(test) if followed else shown,
-        probes=_probes(bench, step, test.images),
-        quantize_input=bench.recipe.evaluate.quantize_input,
-        allowed=bench.allowed,
-        on_progress=bench.attacked,
-        checkpoint=Partial(bench.store, step.key),
+    keep = len(test) if followed else shown
+    outcome, ways = attack_both(
+        model, attack, lambda one, again: _attacked(bench, step, model, one, clean=clean, keep=keep, again=again)
     )
     files: tuple[str, ...] = (OUTCOME,)
     if outcome.adversarial is not None and shown:
@@ -99,7 +88,33 @@ def attack_step(bench: Workbench, step: Step) -> None:
         files = (*files, FOOLING)
     notes = [str(note) for note in getattr(attack, "notes", ())]
     expected = bool(getattr(attack, "minimum_norm", False))
-    _finish_outcome(bench, step, outcome, {"notes": notes, "minimum_norm": expected}, files)
+    _finish_outcome(bench, step, outcome, {"notes": notes, "minimum_norm": expected}, files, ways)
+
+
+def _attacked(
+    bench: Workbench, step: Step, model: nn.Module, attack: Attack, *, clean: Outcome, keep: int, again: bool
+) -> Outcome:
+    """Return the outcome of one attack; the second of a step (`again`) starts anew where the run was stopped."""
+    assert step.use is not None
+    test = bench.test()
+    return attack_outcome(
+        model,
+        test.images,
+        test.labels,
+        attack,
+        threat_of(bench.recipe.threat),
+        clean=clean,
+        seed=derive_seed(step.seed, step.key, "attack"),
+        label=step.use.name,
+        batch_size=bench.recipe.evaluate.batch_size,
+        device=bench.device,
+        keep=keep,
+        probes=_probes(bench, step, test.images),
+        quantize_input=bench.recipe.evaluate.quantize_input,
+        allowed=bench.allowed,
+        on_progress=bench.attacked,
+        checkpoint=None if again else Partial(bench.store, step.key),
+    )
 
 
 def _estimate(bench: Workbench, use: Use, clean: Outcome) -> None:
@@ -156,12 +171,14 @@ def _finish_outcome(
     outcome: Outcome,
     extra: Mapping[str, Any] | None = None,
     files: tuple[str, ...] = (OUTCOME,),
+    ways: Ways | None = None,
 ) -> None:
     arrays = {
         "correct": outcome.correct,
         "prediction": outcome.prediction,
         "distance": outcome.distance,
         "labels": bench.test().labels.cpu().numpy(),
+        **(ways or {}),
     }
     if outcome.minimal_distance is not None:
         arrays["minimal_distance"] = outcome.minimal_distance
@@ -197,7 +214,7 @@ def curve_step(bench: Workbench, step: Step) -> None:
     """Store which test examples stay right at each eps of the security curve."""
     recipe, test = bench.recipe, bench.test()
     model, clean = bench.model(step.parents[0]), _read_outcome(bench, step.parents[1])
-    attacks: dict[str, Attack] = {"pgd": Pgd(steps=CURVE_STEPS), "noise": Noise(tries=CURVE_TRIES)}
+    attacks: dict[str, Attack] = {"pgd": adaptive(Pgd(steps=CURVE_STEPS), model), "noise": Noise(tries=CURVE_TRIES)}
     correct = {
         name: security_curve(
             model,
@@ -222,7 +239,8 @@ def curve_step(bench: Workbench, step: Step) -> None:
 def checks_step(bench: Workbench, step: Step) -> None:
     """Store the flags of the sanity checks on a model; its parent is the surrogate."""
     test, recipe = bench.test(), bench.recipe
-    model, seed = bench.model(step.parents[0]), derive_seed(step.seed, step.key)
+    seed = derive_seed(step.seed, step.key)
+    model = checked_view(bench.model(step.parents[0]), test.images[:8].to(bench.device))
     threat = threat_of(recipe.threat)
     flags = preflight(model, test.images, test.labels, threat, seed=seed, device=bench.device)
     flags += probes(

@@ -125,12 +125,12 @@ def _validation(bench: Workbench, variant: VariantSpec) -> float:
 def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Dataset, step: Step, name: str) -> None:
     folder = bench.store.step(step.key)
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, folder / name, variant.model, shape=data.shape, classes=data.classes)
+    save_model(model, folder / name, variant.model, shape=data.shape, classes=data.classes, wrappers=variant.wrappers)
 
 
 def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:
     if step.origin:
-        return bench.load(step.origin)
+        return bench.load(step.origin, wrapped=False)
     return _build(bench, variant, step, data)
 
 

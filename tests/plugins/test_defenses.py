@@ -126,6 +126,11 @@ CASES = [
     Case("ard", {"steps": 2, "weight": 0.5}, norm="l2", ball=1, owns=("perturb", "objective"), draws=True),
     Case("rslad", {"steps": 2}, ball=1, owns=("perturb", "objective"), draws=True),
     Case("rslad", {"steps": 2, "weight": 1.0}, norm="l2", ball=1, owns=("perturb", "objective"), draws=True),
+    Case("jpeg", {"quality": 60}),
+    Case("bit_depth", {"bits": 3}),
+    Case("median_filter", {"size": 2}),
+    Case("randomized_smoothing", {"sigma": 0.1, "samples": 2}),
+    Case("mc_dropout", {"p": 0.3, "samples": 2}),
     Case("input_gradient.py:InputGradient", {"weight": 0.5}),
     Case("input_gradient.py:InputGradient", {"weight": 0.5}, norm="l2"),
 ]

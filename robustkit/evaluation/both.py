@@ -1,0 +1,80 @@
+"""A model with inference wrappers is attacked twice: as deployed, and through its honest view; both count.
+
+Athalye et al. 2018 (arXiv 1802.00420), Tramer et al. 2020 (arXiv 2002.08347).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from robustkit.attacks.adaptive import Through
+from robustkit.attacks.threat import Attack
+from robustkit.evaluation.outcome import Outcome
+from robustkit.models.wrapped import Wrapped, view_of
+
+Ways = dict[str, NDArray[np.bool_]]
+"""What is right as deployed (`naive`) and through the view (`adaptive`); empty for a model without wrappers."""
+
+
+def adaptive(attack: Attack, model: nn.Module) -> Attack:
+    """Return the attack through the view of a wrapped model; for another model the attack itself."""
+    return Through(attack, view_of) if isinstance(model, Wrapped) else attack
+
+
+def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return what the sanity checks look at: the view of a wrapped model if it answers the same, else the model.
+
+    Such a view is the same function with better gradients: what it hides is hidden, what it shows is dealt with.
+    images: (N, C, H, W) uint8.
+    """
+    if not isinstance(model, Wrapped):
+        return model
+    view = model.view()
+    with torch.no_grad():
+        floats = images.to(torch.float32) / 255
+        same = torch.equal(view(floats), model(floats))
+    return view if same else model
+
+
+def attack_both(model: nn.Module, attack: Attack, run: Callable[[Attack, bool], Outcome]) -> tuple[Outcome, Ways]:
+    """Return the outcome that counts both ways, and each alone. `run(attack, adaptive)` attacks the model."""
+    naive = run(attack, False)
+    if not isinstance(model, Wrapped):
+        return naive, {}
+    seen = run(adaptive(attack, model), True)
+    return combined(naive, seen), {"naive": naive.correct, "adaptive": seen.correct}
+
+
+def combined(first: Outcome, second: Outcome) -> Outcome:
+    """Return the worst case of two outcomes on the same examples: where only the second fooled, it has the say."""
+    later = first.correct & ~second.correct
+    minimal = first.minimal_distance
+    if minimal is not None and second.minimal_distance is not None:
+        minimal = np.minimum(minimal, second.minimal_distance)
+    return replace(
+        first,
+        correct=first.correct & second.correct,
+        prediction=np.where(later, second.prediction, first.prediction),
+        distance=np.where(later, second.distance, first.distance),
+        forwards=first.forwards + second.forwards,
+        backwards=first.backwards + second.backwards,
+        seconds=first.seconds + second.seconds,
+        projected=first.projected + second.projected,
+        not_finite=first.not_finite + second.not_finite,
+        silent=first.silent + second.silent,
+        minimal_distance=minimal,
+        adversarial=_images(first.adversarial, second.adversarial, later),
+    )
+
+
+def _images(first: Tensor | None, second: Tensor | None, later: NDArray[np.bool_]) -> Tensor | None:
+    if first is None or second is None:
+        return first
+    chosen = torch.from_numpy(later[: len(first)]).view(-1, *[1] * (first.dim() - 1))
+    return torch.where(chosen.to(first.device), second, first)

@@ -18,7 +18,10 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["check", "--help"], ["list"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["check", "--help"], ["list"], ["attack", "--help"], ["export", "--help"]],
+)
 def test_no_torch_is_imported_by(arguments: list[str]) -> None:
     done = _python(
         "import sys; from robustkit.cli.group import run\n"

@@ -69,6 +69,9 @@ def command(
         network = _named(model, named, dataset, mean, std, trust_plugins)
     found = _evaluated(network, dataset, budget, chosen, examples, seed, device)
     _print(found, model, data, as_json)
+    if found.clean.low <= 1 / len(dataset.classes):
+        hint = "" if ours else " and how images are normalized (--mean, --std)"
+        click.echo(f"warning: no better than chance without an attack: check the order of classes{hint}", err=True)
     wrong = any(flag.severity == "wrong" for flag in found.flags)
     return int(ExitCode.STEP_FAILED if wrong else ExitCode.OK)
 

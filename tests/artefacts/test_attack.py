@@ -145,7 +145,10 @@ def test_wrong_figures_give_exit_code_1(
 ) -> None:
     """A head of zeros is right for one class in ten, and has no gradient."""
     torch.save({name: value * 0 for name, value in linear.state_dict().items()}, "zeros.pt")
-    code, found = answered(["zeros.pt", "--data", "digits", "--model", NET, "--trust-plugins", *FAST], capsys)
+    given = ["zeros.pt", "--data", "digits", "--model", NET, "--trust-plugins", *FAST]
+    assert cli(["attack", *given]) == 1
+    assert "no better than chance without an attack: check" in capsys.readouterr().err
+    code, found = answered(given, capsys)
     assert code == 1
     assert found["verdict"].startswith("Not to be quoted (")
     assert any(flag["severity"] == "wrong" for flag in found["flags"])

@@ -5,7 +5,7 @@ Athalye et al. 2018 (arXiv 1802.00420), Tramer et al. 2020 (arXiv 2002.08347).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from robustkit.attacks.adaptive import Through
 from robustkit.attacks.threat import Attack
 from robustkit.evaluation.outcome import Outcome
 from robustkit.models.wrapped import Wrapped, view_of
+from robustkit.results import Flag
 
 Ways = dict[str, NDArray[np.bool_]]
 """What is right as deployed (`naive`) and through the view (`adaptive`); empty for a model without wrappers."""
@@ -40,6 +41,16 @@ def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
         floats = images.to(torch.float32) / 255
         same = torch.equal(view(floats), model(floats))
     return view if same else model
+
+
+def on_view(flags: Sequence[Flag]) -> list[Flag]:
+    """Return the flags of checks that looked at a view: that its gradients differ from finite differences is meant."""
+    return [
+        flag.model_copy(update={"severity": "note", "message": f"of the adaptive view, as meant: {flag.message}"})
+        if flag.id == "P11"
+        else flag
+        for flag in flags
+    ]
 
 
 def attack_both(model: nn.Module, attack: Attack, run: Callable[[Attack, bool], Outcome]) -> tuple[Outcome, Ways]:

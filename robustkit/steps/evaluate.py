@@ -14,7 +14,7 @@ from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Attack
 from robustkit.compress.costs import measure_costs, measure_latency, notes_of
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
-from robustkit.evaluation.both import Ways, adaptive, attack_both, checked_view
+from robustkit.evaluation.both import Ways, adaptive, attack_both, checked_view, on_view
 from robustkit.evaluation.checks import preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
@@ -240,7 +240,8 @@ def checks_step(bench: Workbench, step: Step) -> None:
     """Store the flags of the sanity checks on a model; its parent is the surrogate."""
     test, recipe = bench.test(), bench.recipe
     seed = derive_seed(step.seed, step.key)
-    model = checked_view(bench.model(step.parents[0]), test.images[:8].to(bench.device))
+    deployed = bench.model(step.parents[0])
+    model = checked_view(deployed, test.images[:8].to(bench.device))
     threat = threat_of(recipe.threat)
     flags = preflight(model, test.images, test.labels, threat, seed=seed, device=bench.device)
     flags += probes(
@@ -254,6 +255,7 @@ def checks_step(bench: Workbench, step: Step) -> None:
         compressed=bool(recipe.variant(step.variant).compress),
         one_step=trained_steps(training_of(recipe, step.variant), default_of) == 1,
     )
+    flags = flags if model is deployed else on_view(flags)
     kept = best_and_last(bench, step)
     flags += kept.pop("flags", [])
     bench.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags], **kept})

@@ -14,8 +14,10 @@ import robustkit
 from robustkit.defenses.inference import BitDepth, Jpeg, MedianFilter, mean_filter, median_filter, reduce_bit_depth
 from robustkit.defenses.sampled import McDropout, RandomizedSmoothing, mean_answer
 from robustkit.errors import UsageError
+from robustkit.evaluation.both import on_view
 from robustkit.evaluation.ways import adaptive_of
 from robustkit.models.wrapped import Wrapped
+from robustkit.results import Flag
 from robustkit.train.hooks import Defense
 
 WRAPPERS: list[Defense] = [
@@ -106,6 +108,11 @@ def test_what_survives_by_hand() -> None:
     assert adaptive_of(clean, []) is None
 
 
+def test_a_view_may_have_other_gradients_than_finite_differences() -> None:
+    meant, other = Flag(id="P11", severity="wrong", message="m"), Flag(id="P9", severity="wrong", message="n")
+    assert [flag.severity for flag in on_view([meant, other])] == ["note", "wrong"]
+
+
 def test_a_run_stores_attacks_and_reports_wrappers(tmp_path: Path) -> None:
     results = robustkit.run(RECIPE, runs=tmp_path)
     rows = {row.name: row for row in results.variants}
@@ -115,6 +122,7 @@ def test_a_run_stores_attacks_and_reports_wrappers(tmp_path: Path) -> None:
         assert found is not None
         assert rows[name].worst.value <= min(found.naive.value, found.adaptive.value)
         assert any("survives" in note for note in rows[name].notes)
+        assert "wrong" not in {flag.severity for flag in rows[name].flags if flag.id == "P11"}
     assert "inference wrapper" in (tmp_path / "wrapped" / "report.md").read_text()
     loaded = [robustkit.load(path) for path in sorted((tmp_path / "wrapped" / "steps").glob("*/model.safetensors"))]
     wrapped = [one for one in loaded if isinstance(one, Wrapped)]

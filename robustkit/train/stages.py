@@ -101,8 +101,8 @@ def _check_resolution(model: nn.Module, number: int, side: int, channels: int, d
             model(torch.zeros(2, channels, side, side, device=device))
     except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"stage {number}: the model does not take images of {side}x{side}; drop `resolution`, or train a model "
-            "that pools to a fixed size, e.g. small_cnn"
+            f"stage {number}: the model does not take images of {side}x{side}; drop `resolution`, choose "
+            "one nearer to the images' own, or train a model that pools to a fixed size"
         ) from error
     finally:
         for name, module in model.named_modules():

@@ -23,6 +23,7 @@ def recipe_schema() -> dict[str, Any]:
             "guards": {"type": "boolean"},
             "time_limit": NUMBER,
             "monitor_test": {"type": "boolean"},
+            "stages": {"anyOf": [{"type": "array", "minItems": 1, "items": _stage()}, {"type": "null"}]},
             "optimizer": _use("optimizer"),
             "schedule": _use("schedule"),
             "augment": {"type": "array", "items": _use("augmentation")},
@@ -80,6 +81,13 @@ def recipe_schema() -> dict[str, Any]:
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _stage() -> dict[str, Any]:
+    count = {"type": "integer", "minimum": 1}
+    names = {"type": "array", "items": {"type": "string"}}
+    stage = {"epochs": count, "lr": NUMBER, "eps": NUMBER, "resolution": count, "batch_size": count, "freeze": names}
+    return {**_object(stage), "required": ["epochs"]}
 
 
 def _use(kind: registry.Kind) -> dict[str, Any]:

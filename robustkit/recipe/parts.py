@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from robustkit.params import Duration, Fraction, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.reader import Reader
-from robustkit.recipe.spec import Norm, NormalizeSpec, ThreatSpec
+from robustkit.recipe.spec import Norm, NormalizeSpec, StageSpec, ThreatSpec
 
 
 class Plain(BaseModel):
@@ -47,6 +47,17 @@ class TrainInput(Plain):
     monitor_test: bool | None = None
 
 
+class StageInput(Plain):
+    """One item of `train.stages`."""
+
+    epochs: PositiveInt
+    lr: PositiveFloat = 1.0
+    eps: Annotated[Fraction, Field(ge=0, le=1)] = 1.0
+    resolution: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    freeze: tuple[str, ...] = ()
+
+
 def read_threat(reader: Reader, path: PathTuple, value: object) -> ThreatSpec | None:
     """Return a threat, or None after noting what is wrong."""
     given = reader.mapping(path, value, ("norm", "eps"))
@@ -80,8 +91,8 @@ def read_normalize(reader: Reader, value: object) -> NormalizeSpec | None:
 def read_train(reader: Reader, path: PathTuple, value: object) -> dict[str, Any]:
     """Return the fields of a TrainSpec that `train:` sets."""
     plugins = ("optimizer", "schedule", "augment")
-    given = reader.mapping(path, value, (*TrainInput.model_fields, *plugins))
-    plain = reader.model(TrainInput, path, {key: item for key, item in given.items() if key not in plugins})
+    given = reader.mapping(path, value, (*TrainInput.model_fields, *plugins, "stages"))
+    plain = reader.model(TrainInput, path, {key: item for key, item in given.items() if key in TrainInput.model_fields})
     found = plain.model_dump(exclude_none=True) if plain else {}
     for kind in ("optimizer", "schedule"):
         if given.get(kind) is not None:
@@ -90,4 +101,27 @@ def read_train(reader: Reader, path: PathTuple, value: object) -> dict[str, Any]
                 found[kind] = use
     if "augment" in given:
         found["augment"] = reader.uses("augmentation", (*path, "augment"), given["augment"])
-    return found
+    if given.get("stages") is not None:
+        return found | _read_stages(reader, (*path, "stages"), given["stages"], found.get("epochs"))
+    # Epochs of a variant's own, or `stages: null`, end the stages that it would inherit.
+    return found | ({"stages": ()} if "epochs" in found or "stages" in given else {})
+
+
+def _read_stages(reader: Reader, path: PathTuple, value: object, epochs: int | None) -> dict[str, Any]:
+    """Return `stages` and the `epochs` that they add up to; nothing after noting what is wrong."""
+    if not isinstance(value, list) or not value:
+        reader.problem(path, "stages are a list, one item each", "e.g. [{epochs: 2, eps: 50%}, {epochs: 3}]")
+        return {}
+    read = []
+    for number, item in enumerate(value):
+        here = (*path, number)
+        found = reader.model(StageInput, here, reader.mapping(here, item, tuple(StageInput.model_fields)))
+        if found is not None:
+            read.append(StageSpec(**found.model_dump()))
+    if len(read) < len(value):
+        return {}
+    total = sum(stage.epochs for stage in read)
+    if epochs is not None and epochs != total:
+        reader.problem(path, f"the stages have {total} epochs together, but `epochs` is {epochs}", "drop `epochs`")
+        return {}
+    return {"stages": tuple(read), "epochs": total}

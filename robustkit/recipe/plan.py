@@ -156,6 +156,9 @@ def _train(train: TrainSpec, source_hash: SourceHash) -> dict[str, object]:
     values: dict[str, object] = train.model_dump(
         mode="json", exclude={"optimizer", "schedule", "augment", "time_limit"}
     )
+    if not train.stages:
+        # What was trained before there were stages keeps its key.
+        del values["stages"]
     values["optimizer"] = _identity("optimizer", train.optimizer, source_hash)
     values["schedule"] = _identity("schedule", train.schedule, source_hash)
     values["augment"] = [_identity("augmentation", use, source_hash) for use in train.augment]

@@ -33,6 +33,21 @@ class ThreatSpec(Spec):
     eps: float = 8 / 255
 
 
+class StageSpec(Spec):
+    """One stage of a training; what it leaves out is as under `train:`."""
+
+    epochs: int
+    lr: float = 1.0
+    """Factor on the learning rate of the optimizer and its schedule."""
+    eps: float = 1.0
+    """Share of the threat's eps that adversarial training uses."""
+    resolution: int | None = None
+    """Pixels a side to which the training images are resized."""
+    batch_size: int | None = None
+    freeze: tuple[str, ...] = ()
+    """Layers whose weights and statistics stay as they are, by the names or prefixes of their modules."""
+
+
 class TrainSpec(Spec):
     """How one variant is trained."""
 
@@ -49,6 +64,8 @@ class TrainSpec(Spec):
     guards: bool = True
     time_limit: float | None = None
     """Seconds that the training may take: beyond them there is a warning, and nothing else changes."""
+    stages: tuple[StageSpec, ...] = ()
+    """Their epochs add up to `epochs`."""
     monitor_test: bool = False
     """Measure loss and accuracy on the test split after each epoch too; nothing is chosen by them."""
 

@@ -6,6 +6,7 @@ import re
 
 from robustkit.recipe.budget import budget_problem
 from robustkit.recipe.document import PathTuple
+from robustkit.recipe.growth import growth_problem
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
 from robustkit.recipe.order import Draft, ordered
 from robustkit.recipe.owners import check_exclusive, check_parted, defined_hooks
@@ -83,7 +84,7 @@ def _variant(
     path, given = draft.path, draft.given
     parent = done.get(draft.parent) if draft.parent else None
     lost = draft.given.get("from") is not None and parent is None
-    chosen = _model(reader, draft, parent, model)
+    chosen = _model(reader, draft, parent, model, done)
     budget = parent.threat if parent else threat
     if given.get("threat") is not None:
         budget = read_threat(reader, (*path, "threat"), given["threat"]) or budget
@@ -124,14 +125,14 @@ def _variant(
     )
 
 
-def _model(reader: Reader, draft: Draft, parent: VariantSpec | None, model: Use | None) -> Use | None:
+def _model(
+    reader: Reader, draft: Draft, parent: VariantSpec | None, model: Use | None, done: dict[str, VariantSpec]
+) -> Use | None:
     if draft.given.get("model") is None:
         return parent.model if parent else model
     chosen = reader.use("model", (*draft.path, "model"), draft.given["model"])
     if parent is not None and chosen is not None and chosen != parent.model:
-        reader.problem(
-            (*draft.path, "model"),
-            "a variant that starts from another one has its model",
-            "drop `from:` to train another architecture, or drop `model:`",
-        )
+        wrong = growth_problem(parent, chosen, done)
+        if wrong is not None:
+            reader.problem((*draft.path, "model"), *wrong)
     return chosen

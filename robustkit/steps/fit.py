@@ -17,6 +17,7 @@ from robustkit.data.split import Dataset
 from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
+from robustkit.models.grow import grow
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
 from robustkit.recipe.spec import VariantSpec
@@ -130,7 +131,13 @@ def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Datase
 
 def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:
     if step.origin:
-        return bench.load(step.origin, wrapped=False)
+        arrived = bench.load(step.origin, wrapped=False)
+        assert variant.parent is not None
+        if bench.recipe.variant(variant.parent).model == variant.model:
+            return arrived
+        larger = _build(bench, variant, step, data)
+        grow(arrived, larger, torch.Generator().manual_seed(derive_seed(step.seed, "grow", step.key)))
+        return larger
     return _build(bench, variant, step, data)
 
 

@@ -28,6 +28,16 @@ from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
 from robustkit.train.overfitting import overfitting_flags
 from robustkit.train.prepare import prepare_data
 from robustkit.train.recovery import Recovery
+from robustkit.train.stages import (
+    batch_size_at,
+    check_stages,
+    freeze,
+    full_eps,
+    resized,
+    set_modes,
+    stage_at,
+    steps_from,
+)
 from robustkit.train.state import (
     Checkpoint,
     Named,
@@ -136,6 +146,8 @@ class _Run:
         # Shown where it is asked for; no decision ever reads it.
         self.test = data.test.to(device) if spec.monitor_test else None
         self.model, self.layout = to_channels_last(self._prepare_model(model.to(device)), self.train.shape, device)
+        check_stages(self.model, spec, self.train.shape, device)
+        self.trained = frozenset(name for name, one in self.model.named_parameters() if one.requires_grad)
         self.optimizer = self._optimizer(create("optimizer", spec.optimizer))
         self.schedule: SchedulePlugin = create("schedule", spec.schedule)
         self.runner: Callable[[Tensor], Tensor] = torch.compile(self.model) if spec.compile else self.model
@@ -225,16 +237,20 @@ class _Run:
             label: torch.Generator(device=self.device).manual_seed(self._seed(label, state))
             for label, _ in self.defenses
         }
-        steps = -(-len(order) // self.spec.batch_size)
+        size = batch_size_at(self.spec, state.epoch)
+        steps = -(-len(order) // size)
+        later = steps_from(self.spec, state.epoch + 1, len(order))
         total = torch.zeros((), device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = number = 0
         shown = time.perf_counter()
-        self.model.train()
+        stage = stage_at(self.spec, state.epoch)
+        freeze(self.model, stage.freeze, self.trained)
+        set_modes(self.model, stage.freeze)
         batches = training_batches(
             self.train,
             order,
-            self.spec.batch_size,
+            size,
             self.device,
             self.augment,
             generator,
@@ -246,7 +262,7 @@ class _Run:
             total += loss * len(y)
             right += hits
             seen += len(y)
-            self._project((self.spec.epochs - state.epoch) * steps - number, total, state)
+            self._project(later + steps - number, total, state)
             if number % CHECK_EVERY == 0 and not bool(torch.isfinite(total)):
                 break
             if time.perf_counter() - shown > SHOW_EVERY:
@@ -261,7 +277,9 @@ class _Run:
         x, y, index = sample
         progress = (state.epoch + (number - 1) / steps) / self.spec.epochs
         self._set_lr(progress, state)
-        ramp = state.guards.ramp(progress)
+        stage = stage_at(self.spec, state.epoch)
+        ramp = state.guards.ramp(progress) * stage.eps
+        x = resized(x, stage.resolution)
         at = (self.model, state.epoch, self.spec.epochs, progress, self.threat.scaled(ramp))
         length = 1 / (steps * self.spec.epochs)
         return train_step(
@@ -285,7 +303,9 @@ class _Run:
             self.on_event("warning", {"message": late})
 
     def _set_lr(self, progress: float, state: TrainingState) -> None:
-        factor = self.schedule.factor(progress, state.epoch) * state.guards.lr_scale
+        factor = (
+            self.schedule.factor(progress, state.epoch) * state.guards.lr_scale * stage_at(self.spec, state.epoch).lr
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
@@ -336,7 +356,8 @@ class _Run:
         state.rows.append(row)
         state.epoch += 1
         state.last = weights
-        if state.guards.ramp(progress) == 1 and all(defense.ready(step) for _, defense in self.defenses):
+        whole = state.guards.ramp(progress) == 1 and full_eps(self.spec, row.epoch)
+        if whole and all(defense.ready(step) for _, defense in self.defenses):
             score = self._score(row)
             if score >= state.best_score:
                 state.best, state.best_epoch, state.best_score = state.last, row.epoch, score
@@ -361,6 +382,7 @@ class _Run:
     def _finish(self, state: TrainingState) -> Fitted:
         if not state.last:
             state.last = weights_of(self._evaluated())
+        freeze(self.model, (), self.trained)
         if not state.best:
             state.best, state.best_epoch = state.last, max(0, state.epoch - 1)
         last = weights_of(self._plain(copy.deepcopy(self.model), state.last))

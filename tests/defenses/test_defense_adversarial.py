@@ -229,6 +229,7 @@ def test_a_recipe_is_told_the_norms_that_the_defense_has(name: str, norm: Litera
     defense = registry.create(registry.find("defense", name), {})
     batch = Batch(images(), torch.arange(12) % 2, torch.arange(12), 2)
     model, _ = linear_binary()
+    defense.take_teacher(model)
     fits = norm in DEFENSE_NORMS[name]
     with nullcontext() if fits else pytest.raises(UsageError, match=f"^{name} trains against"):
         defense.perturb(batch, make_step(model, Threat(norm, 0.1)))

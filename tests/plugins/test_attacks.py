@@ -79,8 +79,9 @@ CASES = [
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 # Nothing leaves on the meta device, so that the long attacks run whole; one operation there takes as long as any.
 LONG = ("square", "cascade", "autoattack")
+LONG_ON_META = (*LONG, "fmn", "pdpgd", "ddn", "sigma_zero")
 META = [
-    pytest.param(case, marks=pytest.mark.slow if case.name in LONG else ())
+    pytest.param(case, marks=pytest.mark.slow if case.name in LONG_ON_META else ())
     for case in CASES
     if case.id not in ("cascade-linf", "autoattack-linf-version=plus-steps=2-n_queries=4")
 ]

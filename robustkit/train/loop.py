@@ -152,6 +152,7 @@ class _Run:
         self.schedule: SchedulePlugin = create("schedule", spec.schedule)
         self.runner: Callable[[Tensor], Tensor] = torch.compile(self.model) if spec.compile else self.model
         self.precision = self._precision()
+        self.clock = Clock(spec.time_limit, 0.0, on_event)
         # Built once: hooks that were inserted must be there before a state is taken or put back.
         self.initial = snapshot(self.model, self.optimizer, self.defenses)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,22 @@ from robustkit.models.build import build_model
 from robustkit.recipe.spec import Use
 
 SHAPE = (3, 32, 32)
-FASTER = 2.5
+FASTER = {"batch_1": 2.0, "batch_64": 2.5}
+"""One image at a time gains less: 2.6 was seen on an idle core, 4.0 on a busy one."""
 SMALLER = 3.5
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A batch of one is too little work to share: its time would be that of the threads' meeting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_half_the_channels_of_resnet18_are_a_quarter_of_the_file_and_much_quicker(tmp_path: Path) -> None:
     torch.manual_seed(0)
     use = Use(name="resnet18", label="resnet18")
@@ -42,4 +54,4 @@ def test_half_the_channels_of_resnet18_are_a_quarter_of_the_file_and_much_quicke
     assert sizes["masked"] >= SMALLER * sizes["shrunk"]
     for batch, value in times["masked"].items():
         # The lower quartile: what else the machine does only ever makes a run slower.
-        assert value.q1 >= FASTER * times["shrunk"][batch].q1, batch
+        assert value.q1 >= FASTER[batch] * times["shrunk"][batch].q1, batch

@@ -48,6 +48,9 @@ def hypergeometric(hits: int, drawn: int, total: int, confidence: float = CONFID
 
     if not 0 <= hits <= drawn <= total:
         raise ValueError(f"{hits} hits in {drawn} of {total} cannot be")
+    if drawn == total:
+        # All are known; of none at all, scipy knows no distribution.
+        return hits, hits
     tail = (1 - confidence) / 2
     numbers = np.arange(hits, total - (drawn - hits) + 1)
     # P(X >= hits) grows with the number of hits there are, P(X <= hits) falls.

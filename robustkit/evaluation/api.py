@@ -18,6 +18,7 @@ from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.errors import ModelError, UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome, device_of
 from robustkit.evaluation.audit import audit as audit_survivors
+from robustkit.evaluation.both import attack_both
 from robustkit.evaluation.checks import preflight
 from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags
 from robustkit.evaluation.distances import MinimumDistances
@@ -133,7 +134,8 @@ def evaluate(
     `model` maps images in [0, 1] to logits (N, classes), two classes or more; any callable will do. It is attacked in
     eval mode, on the device of its parameters, `batch_size` examples at a time. x (N, ...): floats in [0, 1] or
     uint8; y (N,): class numbers. `attacks`: names, `{name: parameters}` (with `as` for a label), objects with the
-    Attack protocol, or `{label: object}`. The model and all global generators are left exactly as they were, also when
+    Attack protocol, or `{label: object}`. A loaded model with inference wrappers is attacked as deployed and through
+    its view. The model and all global generators are left exactly as they were, also when
     an attack raises. A model in float16, bfloat16 or float64 gets the images in its own type. Under
     `torch.inference_mode()` the attacks have their gradients all the same. `quantize_input`: adversarial images are
     rounded to multiples of 1/255 before they are judged, within the ball; x has to be of 8 bits then. `audit`: so many
@@ -188,20 +190,24 @@ def _evaluated(
     clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
     outcomes: dict[str, Outcome] = {}
     for label, (_, attack) in made.items():
-        outcomes[label] = attack_outcome(
-            module,
-            images,
-            labels,
-            attack,
-            threat,
-            clean=clean,
-            seed=seed,
-            label=label,
-            batch_size=batch_size,
-            device=device,
-            quantize_input=quantize_input,
-            allowed=allowed,
-        )
+
+        def run(one: Attack, view: bool, label: str = label) -> Outcome:
+            return attack_outcome(
+                module,
+                images,
+                labels,
+                one,
+                threat,
+                clean=clean,
+                seed=seed,
+                label=label,
+                batch_size=batch_size,
+                device=device,
+                quantize_input=quantize_input,
+                allowed=allowed,
+            )
+
+        outcomes[label], _ = attack_both(module, attack, run)
     found = _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
     return replace(found, quantized=quantize_input)
 

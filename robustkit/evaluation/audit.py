@@ -12,6 +12,7 @@ from robustkit.attacks.autoattack import AutoAttack
 from robustkit.attacks.engine import Allowed
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.evaluation.attacked import FASTEST, AttackProgress, attack_outcome
+from robustkit.evaluation.both import adaptive
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.seen import Checkpoint
 from robustkit.results import Audit
@@ -40,7 +41,8 @@ def audit(
     """Run AutoAttack-standard on `count` random survivors, or on all where there are fewer.
 
     x (N, ...), y (N,), survivors (N,): right under every attack so far. The bounds on how many of all survivors would
-    fall are exact, of the hypergeometric distribution: examples are drawn without replacement.
+    fall are exact, of the hypergeometric distribution: examples are drawn without replacement. A model with inference
+    wrappers is attacked through its view.
     """
     chosen = sample(survivors, count, seed)
     before = Outcome(
@@ -55,7 +57,7 @@ def audit(
         model,
         x,
         y,
-        attack,
+        adaptive(attack, model),
         threat,
         clean=before,
         seed=seed,

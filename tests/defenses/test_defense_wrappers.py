@@ -11,12 +11,14 @@ from scipy.ndimage import median_filter as reference
 from torch import Tensor, nn
 
 import robustkit
+from robustkit.attacks.adaptive import Through
+from robustkit.attacks.gradient import Pgd
 from robustkit.defenses.inference import BitDepth, Jpeg, MedianFilter, mean_filter, median_filter, reduce_bit_depth
 from robustkit.defenses.sampled import McDropout, RandomizedSmoothing, mean_answer
 from robustkit.errors import UsageError
 from robustkit.evaluation.both import on_view
 from robustkit.evaluation.ways import adaptive_of
-from robustkit.models.wrapped import Wrapped
+from robustkit.models.wrapped import Wrapped, view_of
 from robustkit.results import Flag
 from robustkit.train.hooks import Defense
 
@@ -129,3 +131,18 @@ def test_a_run_stores_attacks_and_reports_wrappers(tmp_path: Path) -> None:
     assert len(wrapped) == 2
     for one in wrapped:
         assert torch.equal(one(images()), one.plain(reduce_bit_depth(images(), 1)))
+
+
+def test_evaluate_attacks_a_wrapped_model_through_its_view_too() -> None:
+    """Rounding to two levels has no gradient: attacked as deployed alone, it would look robust."""
+    model = network()
+    x = images()
+    wrapped = Wrapped(model, [BitDepth(1)]).eval()
+    y = wrapped(x).argmax(1)
+    threat = robustkit.Threat("linf", 0.5)
+    found = robustkit.evaluate(wrapped, x, y, threat=threat, attacks=["pgd"])
+    through = robustkit.evaluate(wrapped, x, y, threat=threat, attacks={"pgd": Through(Pgd(), view_of)})
+    assert through.worst.value < 1
+    assert found.worst.value <= through.worst.value
+    audited = robustkit.evaluate(wrapped, x, y, threat=threat, attacks=["noise"], audit=2)
+    assert audited.audit is not None

@@ -54,6 +54,7 @@ def test_hypergeometric_bounds_hold_the_truth_with_their_confidence(total: int, 
 
 def test_hypergeometric_knows_all_when_all_are_drawn() -> None:
     assert stats.hypergeometric(3, 10, 10) == (3, 3)
+    assert stats.hypergeometric(0, 0, 0) == (0, 0), "nothing withstood the attacks"
     assert stats.hypergeometric(0, 0, 10) == (0, 10)
     with pytest.raises(ValueError, match="cannot be"):
         stats.hypergeometric(3, 2, 10)

@@ -2,258 +2,50 @@
 
 from __future__ import annotations
 
-import math
-import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
+
+from robustkit.records.accuracy import Corruptions, Flag, Paired, Rate, Severity
+from robustkit.records.costs import Latency, LayerSparsity
+from robustkit.records.fields import Amount, Count, Name, Record, Share, Text, one_line, printable
+from robustkit.records.gates import GateResult, GateVerdict, StepFailure
+from robustkit.records.poisoning import Filtered, Poisoning, Tolerance
+from robustkit.records.robustness import Adaptive, Audit, CertifiedRate, Curve, Distances
+from robustkit.records.training import EpochRow
+
+__all__ = [
+    "NORMS",
+    "SCHEMA",
+    "Adaptive",
+    "Audit",
+    "CertifiedRate",
+    "Corruptions",
+    "Curve",
+    "Distances",
+    "EpochRow",
+    "Filtered",
+    "Flag",
+    "GateResult",
+    "GateVerdict",
+    "Latency",
+    "LayerSparsity",
+    "Paired",
+    "Poisoning",
+    "Rate",
+    "Results",
+    "Severity",
+    "StepFailure",
+    "Tolerance",
+    "VariantResult",
+    "printable",
+    "read_results",
+    "write_results",
+]
 
 SCHEMA = 1
-Severity = Literal["wrong", "doubt", "note"]
 NORMS = ("linf", "l2", "l1", "l0")
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-
-
-def printable(value: object, keep: str = "\t\n") -> object:
-    """Return a text without what would steer a terminal or turn the direction of writing; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    return "".join(
-        letter
-        for letter in value
-        if letter in keep or (unicodedata.category(letter) not in ("Cc", "Cs") and letter not in BIDI)
-    )
-
-
-def _name(value: object) -> object:
-    return printable(value, keep="")
-
-
-def _number(value: object) -> object:
-    # JSON has no NaN: what was not finite is written as null.
-    return math.nan if value is None else value
-
-
-LARGEST = 2**63 - 1
-Name = Annotated[str, BeforeValidator(_name)]
-Text = Annotated[str, BeforeValidator(printable)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Amount = Annotated[float, Field(ge=0, le=1e15)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Difference = Annotated[float, Field(ge=-1, le=1)]
-Loss = Annotated[float, Field(allow_inf_nan=True)]
-Measured = Annotated[Loss, BeforeValidator(_number)]
-
-
-class Record(BaseModel):
-    """Base of the records: keys that a later version added are kept."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-
-
-class Rate(Record):
-    """An accuracy as a fraction of 1, with its 95 % Clopper-Pearson interval over n examples."""
-
-    value: Share
-    low: Share
-    high: Share
-    n: Count
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low <= self.value <= self.high:
-            raise ValueError("an accuracy lies outside of its own interval")
-        return self
-
-
-class Flag(Record):
-    """A doubt about a figure: `wrong` (must not be quoted), `doubt`, or `note`; the message says what to do next."""
-
-    id: Name
-    severity: Severity
-    message: Text
-
-
-class Paired(Record):
-    """Difference to the parent on the same examples, in fractions of 1, with the exact McNemar p-value."""
-
-    difference: Difference
-    low: Difference
-    high: Difference
-    p: Share
-    lost: Count
-    gained: Count
-
-
-class Curve(Record):
-    """A security curve: worst-case accuracy of one attack at growing eps."""
-
-    attack: Name
-    norm: Name
-    eps: list[Amount]
-    rates: list[Rate]
-
-    @model_validator(mode="after")
-    def _paired(self) -> Self:
-        if len(self.eps) != len(self.rates):
-            raise ValueError(f"a curve has {len(self.eps)} eps and {len(self.rates)} rates")
-        return self
-
-
-class Audit(Record):
-    """AutoAttack-standard on a random subset of what the attacks left: `broken` of `examined` fell.
-
-    `low`, `high`: exact 95 % bounds on how many of all `survivors` (of `n` examples) would.
-    """
-
-    n: Count
-    survivors: Count
-    examined: Count
-    broken: Count
-    low: Count
-    high: Count
-    forwards: Count
-    backwards: Count
-    seconds: Amount
-
-    def __str__(self) -> str:
-        least, most = (self.survivors - self.high) / max(1, self.n), (self.survivors - self.low) / max(1, self.n)
-        return (
-            f"audit: AutoAttack breaks {self.broken} of {self.examined} survivors; on all {self.survivors} robust "
-            f"accuracy would be {least:.1%} to {most:.1%}"
-        )
-
-
-class Distances(Record):
-    """How far away one minimum-norm attack found adversarial images: the whole security curve from one run."""
-
-    norm: Name
-    median: Amount | None
-    """The eps at which half of the examples are fooled; none where fewer were."""
-    found: Share
-    """Of the examples that are right without an attack."""
-    n: Count
-    eps: list[Amount]
-    accuracy: list[Share]
-    """At each eps: the share of the n examples whose distance is larger."""
-
-    @model_validator(mode="after")
-    def _paired(self) -> Self:
-        if len(self.eps) != len(self.accuracy):
-            raise ValueError(f"distances have {len(self.eps)} eps and {len(self.accuracy)} accuracies")
-        return self
-
-
-class CertifiedRate(Rate):
-    """Certified accuracy: a lower bound of robust accuracy within the threat, with its interval over examples."""
-
-    smoothed: bool = False
-    """Whether it is about the smoothed classifier, and not about the model that the attacks are on."""
-    clean: Rate | None = None
-    """Accuracy without an adversary of the classifier that is certified; abstaining is wrong."""
-    abstained: Count = 0
-    radius: Amount = 0.0
-    """Median over all examples of how far around each the label is certain, in the certificate's own norm."""
-    forwards: Count = 0
-    seconds: Amount = 0.0
-
-
-class Adaptive(Record):
-    """Worst-case accuracy of a variant with inference wrappers: attacked as deployed, and through its honest view."""
-
-    naive: Rate
-    adaptive: Rate
-
-    def __str__(self) -> str:
-        survives = self.adaptive.value / self.naive.value if self.naive.value else 1.0
-        return (
-            f"inference wrapper: {self.naive.value:.1%} withstand attacks on it as deployed, {self.adaptive.value:.1%} "
-            f"adaptive ones (BPDA, EOT); {min(1.0, survives):.0%} of its robustness survives"
-        )
-
-
-class Corruptions(Record):
-    """Accuracy under common corruptions: the mean of all, and severities 1 to 5 by corruption."""
-
-    mean: Rate
-    by: dict[Name, list[Share]] = Field(default_factory=dict)
-
-
-class Filtered(Record):
-    """What one data defense removed from poisoned training data, against what was poisoned."""
-
-    defense: Name
-    removed: Count
-    poisoned: Count
-    """Poisoned examples before it."""
-    hits: Count
-    """Poisoned examples among the removed."""
-    precision: Share | None
-    """hits / removed; none where nothing was removed."""
-    recall: Share | None
-    """hits / poisoned; none where nothing was poisoned."""
-
-
-class Poisoning(Record):
-    """What poisoned training data did: the attack success rate, and what the variant's own defenses removed."""
-
-    success: Rate
-    """Share of the triggered test images, without those of the target, that are taken for the target."""
-    poisoned: Count | None = None
-    """Poisoned examples in the training split; none for a variant that was not trained."""
-    left: Count | None = None
-    """Poisoned examples that it was trained on."""
-    filters: list[Filtered] = Field(default_factory=list)
-
-
-class Tolerance(Record):
-    """Accuracy of a vote that is certain whatever so many poisons do: an example each, added, removed or relabelled."""
-
-    members: Count
-    poisons: list[Count]
-    accuracy: list[Rate]
-    """At each number of poisons: the share of test images that are right and stay so."""
-
-
-class Latency(Record):
-    """Milliseconds a batch: median, quartiles and 95th percentile over `runs` interleaved runs."""
-
-    median: Amount
-    q1: Amount
-    q3: Amount
-    p95: Amount
-    runs: Count
-
-
-class LayerSparsity(Record):
-    """Zeros of one weight tensor."""
-
-    name: Name
-    size: Count
-    zeros: Count
-
-
-class EpochRow(Record):
-    """One epoch of training, as in epochs.jsonl. Accuracies are fractions of 1."""
-
-    epoch: Count
-    loss: Measured
-    train_accuracy: Share
-    validation_loss: Loss | None = None
-    """Cross-entropy on the validation split; `clean` and `robust` are accuracies on it."""
-    clean: Share
-    robust: Share | None = None
-    test_loss: Loss | None = None
-    """With `train.monitor_test`: loss and accuracy on the test split, which nothing is chosen by."""
-    test_accuracy: Share | None = None
-    single_step: Share | None = None
-    """Accuracy on the validation split under one step, beside `robust` under many: a gap is a collapse."""
-    margin: Difference | None = None
-    """Mean margin beside `robust`: the best wrong class's probability minus the right one's; lower is better."""
-    lr: float | None = None
-    """Learning rate of the first parameter group at the epoch's end."""
-    seconds: Amount = 0.0
 
 
 class VariantResult(Record):
@@ -315,33 +107,6 @@ class VariantResult(Record):
     """Path, relative to the run folder, of the model's file."""
 
 
-GateVerdict = Literal["holds", "holds (within noise)", "fails (within noise)", "fails"]
-
-
-class GateResult(Record):
-    """One gate: what was asked, the two sides as measured, and the verdict."""
-
-    text: Text
-    left: Measured
-    right: Measured
-    verdict: GateVerdict
-    confident: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether the run passes this gate."""
-        return self.verdict == "holds" or (not self.confident and self.verdict == "holds (within noise)")
-
-
-class StepFailure(Record):
-    """A step that failed: of which variant (none for the latency of all) and seed, what it did, and why."""
-
-    variant: Name = ""
-    seed: Count = 0
-    step: Name
-    message: Text
-
-
 class Results(Record):
     """A whole run."""
 
@@ -391,5 +156,5 @@ def read_results(path: Path) -> Results:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        message = _name(f"{where}: {first['msg'].removeprefix('Value error, ')}")
+        message = one_line(f"{where}: {first['msg'].removeprefix('Value error, ')}")
         raise UsageError(f"{path}: not a results.json that robustkit can read: {message}") from error

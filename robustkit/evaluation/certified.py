@@ -16,8 +16,9 @@ from robustkit import registry, stats
 from robustkit.attacks.threat import Threat
 from robustkit.certificates.certificate import ABSTAINED, Certificate, Certified
 from robustkit.errors import InternalError, UsageError
-from robustkit.evaluation.api import Evaluation, Model, as_module, checked_examples
+from robustkit.evaluation.asked import Model, as_module, checked_examples
 from robustkit.evaluation.attacked import Progress, as_images, clean_outcome, device_of
+from robustkit.evaluation.evaluation import Evaluation
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.results import Rate
 from robustkit.seeding import derive_seed

@@ -15,7 +15,7 @@ from robustkit import stats
 from robustkit.attacks.threat import Threat
 from robustkit.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from robustkit.errors import UsageError
-from robustkit.evaluation.api import Model, as_module, checked_examples
+from robustkit.evaluation.asked import Model, as_module, checked_examples
 from robustkit.evaluation.attacked import Progress, as_images, checked_logits, clean_outcome, device_of, predicted
 from robustkit.evaluation.undisturbed import undisturbed
 from robustkit.results import Rate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustkit.attacks.threat import Threat
 from robustkit.errors import UsageError
-from robustkit.evaluation.api import Model, as_module, checked_examples
+from robustkit.evaluation.asked import Model, as_module, checked_examples
 from robustkit.evaluation.attacked import clean_outcome, device_of
 from robustkit.evaluation.checks import EXAMPLES, preflight, probes
 from robustkit.evaluation.compare import finite_flags

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from robustkit.attacks.threat import Norm, Threat
 from robustkit.errors import UsageError
-from robustkit.evaluation.api import AttackSpec, Model, as_module, checked_examples, make_attacks
+from robustkit.evaluation.asked import Model, as_module, checked_examples
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome, device_of
 from robustkit.evaluation.distances import MinimumDistances
+from robustkit.evaluation.specs import AttackSpec, make_attacks
 
 DEFAULT_ATTACKS: dict[str, str] = {"linf": "fmn", "l2": "ddn", "l1": "pdpgd", "l0": "sigma_zero"}
 

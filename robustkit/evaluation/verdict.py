@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkit.evaluation.api import Evaluation
+from robustkit.evaluation.evaluation import Evaluation
 
 
 def verdict_of(found: Evaluation) -> str:

@@ -12,10 +12,11 @@ from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
 from robustkit.evaluation.ways import adaptive_notes, adaptive_of
-from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
+from robustkit.judging import Correct, evaluate_gate, unmeasured
+from robustkit.missing import attack_flags, failures_of, latency_key, undecided, unsound_flags
 from robustkit.per_example import write_arrays, write_gallery
 from robustkit.poisoning import poisoning_of, tolerance_of
-from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
+from robustkit.recipe.gates import Gate, parse_gate
 from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
@@ -50,7 +51,7 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
         provenance={**provenance, "data": _data(plan)},
     )
     results = mark_pareto(results)
-    gates = [parse_gate(gate.text, gate.confident) for gate in recipe.gates]
+    gates = [parse_gate(gate.text, gate.confident, gate.every_seed) for gate in recipe.gates]
     return with_gates(results, gates, _lookup(evaluated))
 
 
@@ -69,9 +70,7 @@ def _threat(recipe: Recipe) -> dict[str, Any]:
 
 def with_gates(results: Results, gates: Sequence[Gate], correct: Correct) -> Results:
     """Return results with every gate judged, and a doubt where the examples are too few to tell."""
-    judged = [
-        failed_gate(gate) if undecided(gate, results) else evaluate_gate(gate, results, correct) for gate in gates
-    ]
+    judged = [unmeasured(gate) if undecided(gate, results) else evaluate_gate(gate, results, correct) for gate in gates]
     doubts: dict[str, list[Flag]] = {}
     for gate, verdict in zip(gates, judged, strict=True):
         for _, variant in gate.references():

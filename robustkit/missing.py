@@ -1,4 +1,4 @@
-"""What a run could not measure: the steps that failed, the flags they raise, and the gates they decide."""
+"""What a run could not measure: the steps that failed, the flags they raise, and the gates they leave undecided."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 
 from robustkit.recipe.gates import Gate
 from robustkit.recipe.plan import Plan, Step, content_key
-from robustkit.results import Flag, GateResult, Results, StepFailure
+from robustkit.results import Flag, Results, StepFailure
 
 ATTACK_FAILED = "attack-failed"
 
@@ -57,8 +57,3 @@ def undecided(gate: Gate, results: Results) -> bool:
     lost = {one.variant for one in results.failures if (one.variant, one.seed) not in there}
     fewer = {row.name for row in results.variants if any(flag.id == ATTACK_FAILED for flag in row.flags)}
     return any(variant in lost or (metric == "worst" and variant in fewer) for metric, variant in gate.references())
-
-
-def failed_gate(gate: Gate) -> GateResult:
-    """Return the verdict on a gate whose sides were not measured."""
-    return GateResult(text=gate.text, left=-1.0, right=-1.0, verdict="fails", confident=gate.confident)

@@ -58,7 +58,8 @@ def recipe_schema() -> dict[str, Any]:
             "compile": {"type": "boolean"},
         }
     )
-    gate = {"anyOf": [{"type": "string"}, _object({"gate": {"type": "string"}, "confident": {"type": "boolean"}})]}
+    switches = {name: {"type": "boolean"} for name in ("confident", "every_seed")}
+    gate = {"anyOf": [{"type": "string"}, _object({"gate": {"type": "string"}, **switches})]}
     whole = _object(
         {
             "name": {"type": "string"},

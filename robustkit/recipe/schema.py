@@ -10,15 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from robustkit import registry
-from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
+from robustkit.errors import Problem, RecipeError
 from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
-from robustkit.recipe.gates import ACCURACIES, POISONED, SIZES, parse_gate
+from robustkit.recipe.gates import RESERVED
+from robustkit.recipe.judged import read_gates
 from robustkit.recipe.norms import check_attacks, check_defenses
 from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
 from robustkit.recipe.poison import read_poison, split_poison
 from robustkit.recipe.reader import Reader
-from robustkit.recipe.spec import EvaluateSpec, GateSpec, Recipe, ThreatSpec, TrainSpec, Use
+from robustkit.recipe.spec import EvaluateSpec, Recipe, ThreatSpec, TrainSpec, Use
 from robustkit.recipe.variants import read_variants
 
 TOP = (
@@ -97,7 +98,7 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     if given_threat is not None:
         check_attacks(reader, ("evaluate", "attacks"), evaluate.attacks, threat)
         check_defenses(reader, variants)
-    gates = _gates(reader, top.get("gates"), evaluate, poisoned=planted is not None)
+    gates = read_gates(reader, top.get("gates"), evaluate, poisoned=planted is not None)
     name = _name(reader, top.get("name"), path)
     seeds = _seeds(reader, top.get("seed", 0))
     device = _device(reader, top.get("device", "auto"))
@@ -137,9 +138,8 @@ def _evaluate(reader: Reader, value: object, threat: ThreatSpec) -> EvaluateSpec
     plain = reader.model(EvaluateInput, ("evaluate",), {key: item for key, item in given.items() if key not in plugins})
     attacks = reader.uses("attack", ("evaluate", "attacks"), given.get("attacks", list(DEFAULT_ATTACKS)))
     certify = reader.uses("certificate", ("evaluate", "certify"), given.get("certify"))
-    reserved = (*ACCURACIES, *POISONED, *SIZES)
-    _check_labels(reader, "attacks", "an attack's", attacks, reserved)
-    taken = (*reserved, *(use.label for use in attacks))
+    _check_labels(reader, "attacks", "an attack's", attacks, RESERVED)
+    taken = (*RESERVED, *(use.label for use in attacks))
     _check_labels(reader, "certify", "a certificate's", certify, taken)
     if plain is not None and plain.audit and threat.norm == "l0":
         reader.problem(
@@ -163,43 +163,6 @@ def _check_labels(reader: Reader, key: str, whose: str, uses: Sequence[Use], tak
         if use.label in taken or not SAFE_NAME.fullmatch(use.label):
             hint = f"give it another one: {{{use.name!r}: {{as: other-name}}}}"
             reader.problem(("evaluate", key, number), f"{use.label!r} cannot be {whose} label", hint)
-
-
-def _gates(reader: Reader, value: object, evaluate: EvaluateSpec, *, poisoned: bool) -> tuple[GateSpec, ...]:
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    labels = (use.label for use in (*evaluate.attacks, *evaluate.certify))
-    metrics = (*ACCURACIES, *(POISONED if poisoned else ()), *SIZES, *labels)
-    found = []
-    for number, item in enumerate(items):
-        path: tuple[str | int, ...] = ("gates", number) if isinstance(value, list) else ("gates",)
-        confident = False
-        if isinstance(item, dict):
-            given = reader.mapping(path, item, ("gate", "confident"))
-            item, confident = given.get("gate"), given.get("confident", False)
-            if not isinstance(confident, bool):
-                reader.problem((*path, "confident"), f"confident is true or false, not {confident!r}")
-                continue
-        if not isinstance(item, str):
-            reader.problem(path, "a gate is a text such as `clean(baseline) >= 85%`")
-            continue
-        try:
-            gate = parse_gate(item, confident)
-        except UsageError as error:
-            message, _, hint = str(error).partition("; ")
-            reader.problem(path, message, hint or None)
-            continue
-        for metric, variant in gate.references():
-            if metric in POISONED and not poisoned:
-                hint = "e.g. data: {digits: , poison: badnets}"
-                reader.problem(path, f"the gate asks for {metric!r}, and the data are not poisoned", hint)
-            elif metric not in metrics:
-                hint = did_you_mean(metric, metrics) or f"known: {', '.join(metrics)}"
-                reader.problem(path, f"the gate names an unknown metric {metric!r}", hint)
-            if reader.labels and variant not in reader.labels:
-                hint = did_you_mean(variant, reader.labels) or f"variants: {', '.join(reader.labels)}"
-                reader.problem(path, f"the gate names an unknown variant {variant!r}", hint)
-        found.append(GateSpec(text=item, confident=confident))
-    return tuple(found)
 
 
 def _plugins(reader: Reader, value: object) -> tuple[Path, ...]:

@@ -119,6 +119,8 @@ class GateSpec(Spec):
 
     text: str
     confident: bool = False
+    every_seed: bool = False
+    """Whether it must hold under each seed alone; else on the mean over seeds."""
 
 
 class Recipe(Spec):

@@ -17,6 +17,8 @@ class GateResult(Record):
     right: Measured
     verdict: GateVerdict
     confident: bool = False
+    every_seed: bool = False
+    """Judged under each seed alone; the sides are those of the seed that speaks most against it."""
 
     @property
     def holds(self) -> bool:

@@ -74,12 +74,13 @@ def _rows(variant: str | None, results: Results) -> list[VariantResult]:
 def _value(side: Side, results: Results) -> float:
     if side.metric is None:
         return side.offset
-    values = [_metric(row, side.metric) for row in _rows(side.variant, results)]
+    values = [metric_of(row, side.metric) for row in _rows(side.variant, results)]
     return side.factor * float(np.mean(values)) + side.offset if values else math.nan
 
 
-def _metric(row: VariantResult, metric: str) -> float:
-    rate = _rate(row, metric)
+def metric_of(row: VariantResult, metric: str) -> float:
+    """Return a variant's value of a metric of gates: a share of 1, or a size in its unit; NaN where not measured."""
+    rate = rate_of(row, metric)
     if rate is not None:
         return rate.value
     if metric == "latency":
@@ -88,7 +89,8 @@ def _metric(row: VariantResult, metric: str) -> float:
     return float(value) if metric in SIZES and value is not None else math.nan
 
 
-def _rate(row: VariantResult, metric: str) -> Rate | None:
+def rate_of(row: VariantResult, metric: str) -> Rate | None:
+    """Return an accuracy or a success rate with its interval; None for sizes, and where it was not measured."""
     if metric == "clean":
         return row.clean
     if metric == "success":
@@ -110,7 +112,7 @@ def _noise(gate: Gate, results: Results, correct: Correct) -> float:
             return paired
     widths = []
     for side in sides:
-        rates = [_rate(row, side.metric or "") for row in _rows(side.variant, results)]
+        rates = [rate_of(row, side.metric or "") for row in _rows(side.variant, results)]
         spans = [(rate.high - rate.low) / 2 for rate in rates if rate is not None]
         widths.append(side.factor * float(np.mean(spans)) if spans else 0.0)
     return math.sqrt(sum(width * width for width in widths))

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("robustkit.cli.init", "Write a commented starter recipe."),
     "report": ("robustkit.cli.report", "Write the report of a run again."),
     "compare": ("robustkit.cli.compare", "Compare the variants of several runs."),
+    "table": ("robustkit.cli.table", "Print chosen metrics of a run as Markdown, LaTeX or CSV."),
     "attack": ("robustkit.cli.attack", "Attack a model file on a data set; print accuracies, flags and a verdict."),
     "export": ("robustkit.cli.export", "Write a variant's model as safetensors, ONNX or pt2, checked on test images."),
     "schema": ("robustkit.cli.schema", "Print the JSON schema of recipes."),

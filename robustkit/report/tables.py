@@ -237,7 +237,7 @@ def to_csv(results: Results) -> str:
         found = [row.distances[label].median if label in row.distances else None for label in measured]
         writer.writerow(
             [
-                *map(_cell, [row.name, row.seed, row.parent or "", row.method]),
+                *map(plain_cell, [row.name, row.seed, row.parent or "", row.method]),
                 *[row.clean.value, row.clean.low, row.clean.high, row.worst.value, row.worst.low, row.worst.high],
                 *attacks,
                 *["" if median is None else median for median in found],
@@ -253,7 +253,7 @@ def to_csv(results: Results) -> str:
     return buffer.getvalue()
 
 
-def _cell(value: object) -> object:
+def plain_cell(value: object) -> object:
     """Keep spreadsheets from taking a text for a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 

@@ -126,7 +126,15 @@ def _validation(bench: Workbench, variant: VariantSpec) -> float:
 def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Dataset, step: Step, name: str) -> None:
     folder = bench.store.step(step.key)
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, folder / name, variant.model, shape=data.shape, classes=data.classes, wrappers=variant.wrappers)
+    save_model(
+        model,
+        folder / name,
+        variant.model,
+        shape=data.shape,
+        classes=data.classes,
+        wrappers=variant.wrappers,
+        members={label: [bench.store.step(key) / MODEL for key in keys] for label, keys in step.members.items()},
+    )
 
 
 def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from robustkit.defenses.sampled import mean_answer
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.wrapped import Wrapped
+from robustkit.params import Labels
 from robustkit.train.hooks import Defense
 
 
@@ -45,7 +46,7 @@ class Ensemble(Defense):
     so attacks follow its own gradient (He et al. 2017); where members are wrapped, also that of their adaptive views.
     """
 
-    members: list[str]
+    members: Labels
 
     def __post_init__(self) -> None:
         """Refuse an ensemble of nobody."""

@@ -49,8 +49,4 @@ def members_of(
             reader.problem(path, message, "name other variants only; it answers itself as well")
         seen.add(label)
     joined = [use for use in wrappers if HOOK in defined_hooks(reader, use)]
-    for use in joined:
-        if "defenses" in draft.given and use.parameters.get(KEY) == []:
-            message = f"{use.label} needs `{KEY}`, the labels of the variants that answer too"
-            reader.problem((*draft.path, "defenses"), message, f"e.g. {use.name}: {{{KEY}: [n-fgsm]}}")
     return {use.label: tuple(use.parameters.get(KEY, ())) for use in joined}

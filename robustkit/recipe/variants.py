@@ -104,7 +104,9 @@ def _variant(
     wrappers = tuple(use for use in defenses if "wrap" in defined_hooks(reader, use))
     if not trains and any(use not in wrappers for use in defenses) and given.get("defenses"):
         reader.problem((*path, "defenses"), "defenses do nothing here: the variant is not trained", "add `train: {}`")
-    if parent is not None and not trains and not compress and wrappers == parent.wrappers:
+    # What was meant by a plugin that is not known is not to be guessed.
+    unread = bool(given.get("defenses")) and not defenses
+    if parent is not None and not trains and not given.get("compress") and wrappers == parent.wrappers and not unread:
         reader.problem(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )

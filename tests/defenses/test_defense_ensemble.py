@@ -184,7 +184,7 @@ def test_members_come_first_and_their_models_not_their_names_are_in_the_key() ->
         ("  a:\n  b: {from: a, defenses: [ensemble: {members: [^aa]}]}\n", "there is no variant 'aa'"),
         ("  a:\n  b: {from: a, defenses: [ensemble: {members: [^a]}]}\n", "it would answer twice"),
         ("  a:\n  c:\n  b: {from: a, defenses: [ensemble: {members: [c, ^c]}]}\n", "'c' is named twice"),
-        ("  a:\n  b: {from: a, defenses: ^[ensemble: {members: []}]}\n", "needs `members`"),
+        ("  a:\n  b: {from: a, defenses: [ensemble: {members: ^[]}]}\n", "members"),
         ("  a:\n  b: {from: a, defenses: [^ensemble]}\n", "members is missing"),
         ("  a: {defenses: [ensemble: {members: [^a]}]}\n", "`members` goes in a circle: a -> a"),
         (

@@ -30,6 +30,8 @@ from robustkit.train.loop import fit
 from robustkit.workbench import Workbench, threat_of
 
 LAST = "last.safetensors"
+MEASURED = 512
+"""Training images that the batch norms of a grown model are measured on."""
 EARLY = "epoch-{}.safetensors"
 
 
@@ -144,7 +146,8 @@ def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
         if bench.recipe.variant(variant.parent).model == variant.model:
             return arrived
         larger = _build(bench, variant, step, data)
-        grow(arrived, larger, torch.Generator().manual_seed(derive_seed(step.seed, "grow", step.key)))
+        generator = torch.Generator().manual_seed(derive_seed(step.seed, "grow", step.key))
+        grow(arrived.cpu(), larger, generator, data.train.floats(0, MEASURED).cpu())
         return larger
     return _build(bench, variant, step, data)
 

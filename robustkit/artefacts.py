@@ -23,7 +23,8 @@ from robustkit.compress.export import (
 from robustkit.data.load import load_dataset
 from robustkit.data.split import fixed_subset
 from robustkit.errors import ModelError, UsageError, did_you_mean
-from robustkit.models.artefact import load_model, read_architecture
+from robustkit.models.architecture import read_architecture
+from robustkit.models.artefact import load_model
 from robustkit.recipe.spec import Recipe
 from robustkit.report.inside import inside
 from robustkit.results import VariantResult, read_results

@@ -119,6 +119,8 @@ def _row(
         name=one.variant,
         seed=one.seed,
         parent=variant.parent,
+        teacher=variant.teacher if variant.train else None,
+        members=[label for named in variant.members.values() for label in named],
         depth=_depth(plan, one.variant),
         method=describe_variant(variant),
         clean=rates["clean"],

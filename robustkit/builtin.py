@@ -102,6 +102,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "median_filter": "robustkit.defenses.inference:MedianFilter",
         "randomized_smoothing": "robustkit.defenses.sampled:RandomizedSmoothing",
         "mc_dropout": "robustkit.defenses.sampled:McDropout",
+        "ensemble": "robustkit.defenses.joint:Ensemble",
     },
     "compressor": {
         "global_l1": "robustkit.compress.prune:GlobalL1",

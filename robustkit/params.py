@@ -97,7 +97,13 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True), BeforeValidator(_to_in
 Duration = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_to_seconds)]
 Magnitude = Annotated[int, Field(ge=0, le=30, strict=True), BeforeValidator(_to_integer)]
 """How strong RandAugment's operations are, on its scale of 31 levels."""
+Bits = Annotated[int, Field(ge=1, le=8, strict=True), BeforeValidator(_to_integer)]
+"""How many bits a channel of an image has."""
+Quality = Annotated[int, Field(ge=1, le=100, strict=True), BeforeValidator(_to_integer)]
+"""Of a JPEG file: 1 (small) to 100 (exact)."""
 Bytes = Annotated[int, Field(gt=0), BeforeValidator(_to_bytes)]
+Labels = Annotated[list[str], Field(min_length=1)]
+"""Names of variants, one or more."""
 PathStr = Annotated[str, Field(min_length=1)]
 Schedule = Literal["one_shot", "cubic", "iterative"]
 """How a pruning method reaches its sparsity: at once, along Zhu and Gupta's cubic schedule, or in equal steps."""

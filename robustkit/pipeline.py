@@ -248,7 +248,8 @@ def _execute(plan: Plan, todo: list[Step], store: Store, events: Events) -> tupl
 def _lost(plan: Plan, step: Step, failed: set[str]) -> str:
     """Return the labels of the variants that a fit step needs and that failed."""
     variant = plan.recipe.variant(step.variant)
-    needed = dict.fromkeys(label for label in (variant.parent, variant.teacher) if label)
+    beside = (label for named in variant.members.values() for label in named)
+    needed = dict.fromkeys(label for label in (variant.parent, variant.teacher, *beside) if label)
     return " and ".join(label for label in needed if plan.fit_keys[label, step.seed] in failed)
 
 

@@ -54,6 +54,10 @@ class VariantResult(Record):
     name: Name
     seed: Count
     parent: Name | None = None
+    teacher: Name | None = None
+    """The variant whose answers it was trained on."""
+    members: list[Name] = Field(default_factory=list)
+    """The variants that answer beside it."""
     depth: Annotated[int, Field(ge=0, le=1000)] = 0
     method: Text = ""
     """What was done, in words: defenses and compression with their parameters."""

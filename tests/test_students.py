@@ -77,6 +77,7 @@ def test_a_run_trains_the_teacher_first_and_says_who_taught(seen: Seen) -> None:
     assert set(rows) == {"big", "student", "fine"}
     assert rows["student"].method == "distill(weight=1), teacher big"
     assert rows["student"].parent is None
+    assert {name: row.teacher for name, row in rows.items()} == {"big": None, "student": "big", "fine": "student"}
     assert rows["fine"].parent == "student"
     lines = [json.loads(line) for line in (seen.folder / "events.jsonl").read_text().splitlines()]
     made = [line["variant"] for line in lines if line["event"] == "start" and line["kind"] == "fit"]

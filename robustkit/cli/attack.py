@@ -90,7 +90,7 @@ def _dataset(use: Use) -> Dataset:
 
 def _tells_architecture(path: Path, use: Use | None, mean: str | None, std: str | None) -> bool:
     """Say whether the file is a model of robustkit's, and refuse options that do not go with it."""
-    from robustkit.models.artefact import is_model_file
+    from robustkit.models.architecture import is_model_file
 
     ours = is_model_file(path)
     if ours and (use is not None or mean is not None or std is not None):
@@ -107,7 +107,8 @@ def _tells_architecture(path: Path, use: Use | None, mean: str | None, std: str 
 
 
 def _stored(path: Path, data: Dataset, trusted: bool) -> nn.Module:
-    from robustkit.models.artefact import load_model, read_architecture
+    from robustkit.models.architecture import read_architecture
+    from robustkit.models.artefact import load_model
 
     described = read_architecture(path)
     _check_fit(path, described.shape, described.classes, data)

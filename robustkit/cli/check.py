@@ -83,6 +83,7 @@ def _row(recipe: Recipe, variant: VariantSpec, plan: Plan | None, store: Store) 
         "variant": variant.label,
         "parent": variant.parent,
         "teacher": variant.teacher,
+        "members": [label for named in variant.members.values() for label in named],
         "what": describe_variant(variant),
         "done": state["done"] if plan else None,
         "to_run": state["to run"] if plan else None,

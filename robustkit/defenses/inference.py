@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.adaptive import Bpda
 from robustkit.errors import ModelError, UsageError
-from robustkit.params import Integer, PositiveInt
+from robustkit.params import Bits, PositiveInt, Quality
 from robustkit.train.hooks import Defense
 
 MOST_BITS = 8
@@ -106,11 +106,11 @@ class BitDepth(Defense):
     Attacked as it is, and with the rounding passed over on the way back (BPDA).
     """
 
-    bits: PositiveInt = 4
+    bits: Bits = 4
 
     def __post_init__(self) -> None:
         """Refuse depths that images do not have."""
-        if self.bits > MOST_BITS:
+        if not 1 <= self.bits <= MOST_BITS:
             raise UsageError(f"bit_depth: bits is {self.bits}; images have 8 bits: 1 to 8")
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -133,7 +133,7 @@ class Jpeg(Defense):
     quality: 1 to 100. Attacked as it is, and with the compression passed over on the way back (BPDA).
     """
 
-    quality: Integer = 75
+    quality: Quality = 75
 
     def __post_init__(self) -> None:
         """Refuse qualities that JPEG does not have."""

@@ -54,10 +54,15 @@ def on_view(flags: Sequence[Flag]) -> list[Flag]:
 
 
 def attack_both(model: nn.Module, attack: Attack, run: Callable[[Attack, bool], Outcome]) -> tuple[Outcome, Ways]:
-    """Return the outcome that counts both ways, and each alone. `run(attack, adaptive)` attacks the model."""
+    """Return the outcome that counts both ways, and each alone. `run(attack, adaptive)` attacks the model.
+
+    A model whose view is itself is attacked once: the second attack would be the first again.
+    """
     naive = run(attack, False)
     if not isinstance(model, Wrapped):
         return naive, {}
+    if model.transparent:
+        return naive, {"naive": naive.correct, "adaptive": naive.correct}
     seen = run(adaptive(attack, model), True)
     return combined(naive, seen), {"naive": naive.correct, "adaptive": seen.correct}
 

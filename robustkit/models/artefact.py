@@ -2,70 +2,60 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from robustkit import registry
 from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
-from robustkit.models.build import Shape, build_inner
+from robustkit.models.architecture import FORMAT, Architecture, Wrapper, read_architecture
+from robustkit.models.build import build_inner
 from robustkit.models.meta import at_most, without_memory
 from robustkit.models.normalized import Normalized
 from robustkit.models.vote import Vote
-from robustkit.models.widths import Width, apply_widths, widths_of
+from robustkit.models.widths import apply_widths, widths_of
 from robustkit.models.wrapped import Wrapped
 from robustkit.recipe.spec import Use
 from robustkit.store import write_atomic
-from robustkit.train.hooks import Defense
+from robustkit.train.hooks import Defense, is_joined
 
-FORMAT = "robustkit/1"
-MAX_SIDE = 65_536
-MAX_MEMBERS = 10_000
-
-
-class Wrapper(BaseModel):
-    """An inference wrapper of a model: the defense that makes it."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    name: str
-    parameters: dict[str, Any] = {}
-
-
-class Architecture(BaseModel):
-    """What a model file says of its architecture."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    format: str
-    model: str
-    parameters: dict[str, Any] = {}
-    shape: Shape
-    classes: tuple[str, ...] = Field(min_length=2)
-    members: int = Field(0, ge=0, le=MAX_MEMBERS)
-    """So many models of this architecture vote; 0: it is one model, which answers itself."""
-    widths: dict[str, Width] = {}
-    """Layers that are narrower than the model's own, by name: those of a shrunk model."""
-    wrappers: tuple[Wrapper, ...] = ()
-    """From the inside out."""
+MEMBER = "wrappers.{}.members.{}."
+"""What stands before the names of the tensors of a model that answers beside another one."""
+BESIDE = "wrappers."
+Members = Mapping[str, Sequence[Path]]
+"""By the label of a wrapper: the files of the models that it takes."""
 
 
 def save_model(
-    model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str], wrappers: Sequence[Use] = ()
+    model: nn.Module,
+    path: Path,
+    use: Use,
+    *,
+    shape: tuple[int, int, int],
+    classes: Sequence[str],
+    wrappers: Sequence[Use] = (),
+    members: Members | None = None,
 ) -> None:
     """Write a plain model that was made by `build_model`, shrunk or not, or a vote of such; atomically.
 
-    `wrappers`: the defenses that wrap it for inference.
+    `wrappers`: the defenses that wrap it for inference; `members`: the files of models that answer beside it, which
+    are written into this one.
     """
-    described = Architecture(
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    described = []
+    for number, one in enumerate(wrappers):
+        beside = []
+        for place, file in enumerate((members or {}).get(one.label, ())):
+            beside.append(read_architecture(file))
+            tensors |= {MEMBER.format(number, place) + name: value for name, value in _tensors(file).items()}
+        described.append(Wrapper(name=one.name, parameters=one.parameters, members=tuple(beside)))
+    architecture = Architecture(
         format=FORMAT,
         model=use.name,
         parameters=use.parameters,
@@ -73,64 +63,35 @@ def save_model(
         classes=tuple(classes),
         members=len(model.members) if isinstance(model, Vote) else 0,
         widths=widths_of(model),
-        wrappers=tuple(Wrapper(name=one.name, parameters=one.parameters) for one in wrappers),
+        wrappers=tuple(described),
     )
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
+    write_atomic(path, save(tensors, metadata={"robustkit": architecture.model_dump_json()}))
 
 
-def is_model_file(path: Path) -> bool:
-    """Say whether a file is safetensors with an architecture of robustkit's; a broken one counts if it is named so.
-
-    Raises:
-        ModelError: there is no such file, or it is named .safetensors and cannot be read.
-    """
-    if path.is_file() and path.suffix != ".safetensors":
-        return False
-    return "robustkit" in _metadata(path)
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def read_architecture(path: Path) -> Architecture:
-    """Return what a model file says of itself.
+@dataclass(frozen=True)
+class _Source:
+    """A file that models are made from, and the code that may be needed for it."""
 
-    Raises:
-        ModelError: no such file, not safetensors, truncated, or not written by robustkit.
-    """
-    metadata = _metadata(path)
-    if "robustkit" not in metadata:
-        raise ModelError(
-            f"{path}: holds weights but no robustkit architecture; robustkit.load_weights and `robustkit attack "
-            "--model` take the model's name beside it"
-        )
-    try:
-        found = Architecture.model_validate(json.loads(metadata["robustkit"]))
-    except (ValidationError, ValueError) as error:
-        raise ModelError(f"{path}: its architecture cannot be read: {error}") from error
-    if found.format != FORMAT:
-        raise ModelError(f"{path}: written in format {found.format!r}; this version reads {FORMAT!r}")
-    if not all(1 <= side <= MAX_SIDE for side in found.shape):
-        raise ModelError(f"{path}: images of shape {found.shape} are absurd")
-    return found
+    path: Path
+    names: frozenset[str]
+    folder: Path | None
+    plugins: Sequence[Path]
+    trusted: bool
 
+    def own(self, prefix: str) -> frozenset[str]:
+        """Return the names of the tensors of the model under a prefix, without those of models beside it."""
+        below = (name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
+        return frozenset(name for name in below if not name.startswith(BESIDE))
 
-def _metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise ModelError(f"{path}: there is no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        if _pickled(path):
-            raise ModelError(
-                f"{path}: a pickle or a file of torch.save, which can run code; robustkit.load reads safetensors. "
-                "A state dict is read by robustkit.load_weights and `robustkit attack --model`"
-            ) from error
-        raise ModelError(f"{path}: not a safetensors file, or a truncated one: {error}") from error
-
-
-def _pickled(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    def allow(self, entry: registry.Entry, name: str) -> None:
+        """Refuse code of a user's own that is not trusted."""
+        if registry.runs_user_code(entry) and not self.trusted:
+            raise ModelError(f"{self.path}: needs code from {name}; pass trust_plugins=True if you trust it")
 
 
 def load_model(
@@ -152,53 +113,92 @@ def load_model(
     """
     path = Path(path)
     described = read_architecture(path)
+    source = _Source(path, _names(path), folder, tuple(plugins), trust_plugins)
+    stray = [
+        name for name in source.names if name.startswith(BESIDE) and not name.startswith(tuple(_prefixes(described)))
+    ]
+    if stray:
+        raise ModelError(f"{path}: weights do not fit the architecture: unknown {sorted(stray)[:3]}")
+    return _made(source, described, wrapped=wrapped)
+
+
+def _names(path: Path) -> frozenset[str]:
+    with safe_open(str(path), framework="pt") as file:
+        return frozenset(file.keys())
+
+
+def _prefixes(described: Architecture, prefix: str = "") -> Iterator[str]:
+    """Yield what stands before the names of the tensors of each model beside another one."""
+    for number, wrapper in enumerate(described.wrappers):
+        for place, member in enumerate(wrapper.members):
+            here = prefix + MEMBER.format(number, place)
+            yield here
+            yield from _prefixes(member, here)
+
+
+def _made(source: _Source, described: Architecture, prefix: str = "", *, wrapped: bool = True) -> nn.Module:
+    """Return the model whose tensors stand under a prefix."""
     use = Use(name=described.model, parameters=described.parameters, label=described.model)
     try:
-        entry = registry.find("model", use.name, folder=folder, plugins=plugins)
+        entry = registry.find("model", use.name, folder=source.folder, plugins=source.plugins)
         _, mistakes = registry.check_parameters(entry, use.parameters)
     except UsageError as error:
-        raise ModelError(f"{path}: {error}") from error
+        raise ModelError(f"{source.path}: {error}") from error
     if mistakes:
-        raise ModelError(f"{path}: {mistakes[0][1]}")
-    own = registry.runs_user_code(entry)
-    if own and not trust_plugins:
-        raise ModelError(f"{path}: needs code from {use.name}; pass trust_plugins=True if you trust it")
-    model = _skeleton(path, use, described, folder, plugins, on_meta=not own)
-    wrappers = _wrappers(path, described, folder, plugins, trust_plugins) if wrapped else []
-    _fill(model, path)
+        raise ModelError(f"{source.path}: {mistakes[0][1]}")
+    source.allow(entry, use.name)
+    own = source.own(prefix)
+    model = _skeleton(source, use, described, len(own), on_meta=not registry.runs_user_code(entry))
+    wrappers = [
+        _wrapper(source, described, number, prefix) for number in range(len(described.wrappers) if wrapped else 0)
+    ]
+    _fill(model, source.path, own, prefix)
     return Wrapped(model, wrappers).eval() if wrappers else model.eval()
 
 
-def _wrappers(
-    path: Path, described: Architecture, folder: Path | None, plugins: Sequence[Path], trust_plugins: bool
-) -> list[Defense]:
-    made = []
-    for one in described.wrappers:
-        try:
-            entry = registry.find("defense", one.name, folder=folder, plugins=plugins)
-            if registry.runs_user_code(entry) and not trust_plugins:
-                raise ModelError(f"{path}: needs code from {one.name}; pass trust_plugins=True if you trust it")
-            values, mistakes = registry.check_parameters(entry, one.parameters)
-            if mistakes:
-                raise ModelError(f"{path}: wrapper {one.name}: {mistakes[0][1]}")
-            defense = registry.create(entry, values)
-        except UsageError as error:
-            raise ModelError(f"{path}: wrapper {one.name}: {error}") from error
+def _wrapper(source: _Source, described: Architecture, number: int, prefix: str) -> Defense:
+    one = described.wrappers[number]
+    try:
+        entry = registry.find("defense", one.name, folder=source.folder, plugins=source.plugins)
+        source.allow(entry, one.name)
+        values, mistakes = registry.check_parameters(entry, one.parameters)
+        if mistakes:
+            raise ModelError(f"{source.path}: wrapper {one.name}: {mistakes[0][1]}")
+        defense = registry.create(entry, values)
         if not isinstance(defense, Defense):
-            raise ModelError(f"{path}: wrapper {one.name} is no defense")
-        made.append(defense)
-    return made
+            raise ModelError(f"{source.path}: wrapper {one.name} is no defense")
+        if is_joined(defense):
+            defense.take_members(_members(source, described, number, prefix))
+    except UsageError as error:
+        raise ModelError(f"{source.path}: wrapper {one.name}: {error}") from error
+    return defense
 
 
-def _skeleton(
-    path: Path, use: Use, described: Architecture, folder: Path | None, plugins: Sequence[Path], on_meta: bool
-) -> nn.Module:
+def _members(source: _Source, described: Architecture, number: int, prefix: str) -> list[nn.Module]:
+    found = []
+    for place, member in enumerate(described.wrappers[number].members):
+        if member.shape != described.shape or member.classes != described.classes:
+            raise ModelError(
+                f"{source.path}: its member {place + 1} takes images {member.shape} of {len(member.classes)} classes, "
+                f"the model {described.shape} of {len(described.classes)}; all must take and know the same"
+            )
+        found.append(_made(source, member, prefix + MEMBER.format(number, place)))
+    return found
+
+
+def _skeleton(source: _Source, use: Use, described: Architecture, tensors: int, *, on_meta: bool) -> nn.Module:
     channels = described.shape[0]
     try:
         # On the meta device nothing is allocated, whatever sizes the file claims.
-        with without_memory(use.name) if on_meta else torch.device("cpu"), at_most(_count(path)):
+        with without_memory(use.name) if on_meta else torch.device("cpu"), at_most(tensors):
             built = [
-                build_inner(use, shape=described.shape, classes=len(described.classes), folder=folder, plugins=plugins)
+                build_inner(
+                    use,
+                    shape=described.shape,
+                    classes=len(described.classes),
+                    folder=source.folder,
+                    plugins=source.plugins,
+                )
                 for _ in range(max(1, described.members))
             ]
             whole = [without_hooks(Normalized(inner, [0.0] * channels, [1.0] * channels)) for inner in built]
@@ -207,30 +207,24 @@ def _skeleton(
             apply_widths(whole[0], described.widths)
             return whole[0]
     except (ModelError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-        raise ModelError(f"{path}: its architecture cannot be built: {error}") from error
+        raise ModelError(f"{source.path}: its architecture cannot be built: {error}") from error
 
 
-def _count(path: Path) -> int:
-    """Return how many tensors a file holds."""
-    with safe_open(str(path), framework="pt") as file:
-        return len(file.keys())
-
-
-def _fill(model: nn.Module, path: Path) -> None:
+def _fill(model: nn.Module, path: Path, names: frozenset[str], prefix: str) -> None:
+    """Give a model the tensors of a file whose names stand after a prefix."""
     wanted = model.state_dict()
     try:
         with safe_open(str(path), framework="pt") as file:
-            names = set(file.keys())
             missing, extra = sorted(set(wanted) - names), sorted(names - set(wanted))
             if missing or extra:
                 raise ModelError(
                     f"{path}: weights do not fit the architecture: missing {missing[:3]}, unknown {extra[:3]}"
                 )
             for name, tensor in wanted.items():
-                shape = tuple(file.get_slice(name).get_shape())
+                shape = tuple(file.get_slice(prefix + name).get_shape())
                 if shape != tuple(tensor.shape):
                     raise ModelError(f"{path}: {name} has shape {shape}, the architecture has {tuple(tensor.shape)}")
-            state = {name: file.get_tensor(name) for name in wanted}
+            state = {name: file.get_tensor(prefix + name) for name in wanted}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: truncated or broken: {error}") from error
     for name, tensor in wanted.items():

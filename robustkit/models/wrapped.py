@@ -31,10 +31,20 @@ class Wrapped(nn.Module):
 
     def view(self) -> nn.Module:
         """Return the model with every wrapper replaced by its honest view, from the inside out."""
-        seen = self.plain
+        return self._seen()[0]
+
+    @property
+    def transparent(self) -> bool:
+        """Whether no wrapper hides anything: the view would be the deployed model itself."""
+        return self._seen()[1]
+
+    def _seen(self) -> tuple[nn.Module, bool]:
+        seen, same = self.plain, True
         for one in self.wrappers:
-            seen = one.attack_view(one.wrap(seen))
-        return seen.eval()
+            wrapped = one.wrap(seen)
+            seen = one.attack_view(wrapped)
+            same = same and seen is wrapped
+        return seen.eval(), same
 
 
 def view_of(model: nn.Module) -> nn.Module:

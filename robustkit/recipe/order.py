@@ -1,4 +1,4 @@
-"""The order in which variants are read and made: each after the one it starts from and the one it learns from."""
+"""The order in which variants are read and made: each after those that it needs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from robustkit.errors import did_you_mean
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.reader import Reader
 
-Link = Literal["from", "teacher"]
-LINKS: tuple[Link, ...] = ("from", "teacher")
+Link = Literal["from", "teacher", "members"]
+LINKS: tuple[Link, ...] = ("from", "teacher", "members")
 """The keys by which a variant needs another one."""
 
 
@@ -21,6 +21,8 @@ class Draft:
     label: str
     path: PathTuple
     given: dict[str, Any]
+    members: tuple[tuple[str, PathTuple], ...] = ()
+    """The variants that answer beside it, by its own defenses, and where each is named."""
 
     @property
     def parent(self) -> str | None:
@@ -35,9 +37,19 @@ class Draft:
     @property
     def needs(self) -> frozenset[str]:
         """The labels of the variants that must be there before this one."""
-        return frozenset(label for link in LINKS if (label := self.needed(link)) is not None)
+        return frozenset(label for _, label, _ in self.links)
 
-    def needed(self, link: Link) -> str | None:
+    @property
+    def links(self) -> tuple[tuple[Link, str, PathTuple], ...]:
+        """What it needs: by which key, which label, and where that is written."""
+        found: list[tuple[Link, str, PathTuple]] = []
+        for link in ("from", "teacher"):
+            label = self.needed(link)
+            if label is not None:
+                found.append((link, label, (*self.path, link)))
+        return (*found, *(("members", label, path) for label, path in self.members))
+
+    def needed(self, link: str) -> str | None:
         """Return the label that a key names; None where it is not there, or no label."""
         found = self.given.get(link)
         return found if isinstance(found, str) else None
@@ -52,8 +64,9 @@ def ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
     placed: set[str] = set()
     waiting, lost = dict(drafts), []
     for draft in drafts.values():
-        wrong = [link for link in LINKS if not _there(reader, draft, link, drafts)]
-        if wrong:
+        there = [_there(reader, draft, link, drafts) for link in ("from", "teacher")]
+        there += [_known(reader, label, path, drafts) for label, path in draft.members]
+        if not all(there):
             lost.append(waiting.pop(draft.label))
     while True:
         # One at a time, so that a child follows its parent and the file's order decides the rest.
@@ -70,20 +83,27 @@ def ordered(reader: Reader, drafts: dict[str, Draft]) -> list[Draft]:
         if links and not told & set(chain):
             told |= set(chain)
             names = " and ".join(f"`{link}`" for link in LINKS if link in {one for one, _ in links})
+            where = next(path for link, label, path in draft.links if (link, label) == links[0])
             goes = "goes" if len({link for link, _ in links}) == 1 else "go"
-            reader.problem((*draft.path, links[0][0]), f"{names} {goes} in a circle: {' -> '.join(chain)}")
+            reader.problem(where, f"{names} {goes} in a circle: {' -> '.join(chain)}")
     return [*done, *lost, *waiting.values()]
 
 
-def _there(reader: Reader, draft: Draft, link: Link, drafts: dict[str, Draft]) -> bool:
+def _there(reader: Reader, draft: Draft, link: str, drafts: dict[str, Draft]) -> bool:
     """Say whether the variant that a key names is there, or none is named; else note what is wrong."""
     named = draft.given.get(link)
-    if named is None or (isinstance(named, str) and named in drafts):
+    if named is None:
         return True
     if isinstance(named, str):
-        reader.problem((*draft.path, link), f"there is no variant {named!r}", did_you_mean(named, drafts))
-    else:
-        reader.problem((*draft.path, link), f"`{link}` is the label of one variant")
+        return _known(reader, named, (*draft.path, link), drafts)
+    reader.problem((*draft.path, link), f"`{link}` is the label of one variant")
+    return False
+
+
+def _known(reader: Reader, label: str, path: PathTuple, drafts: dict[str, Draft]) -> bool:
+    if label in drafts:
+        return True
+    reader.problem(path, f"there is no variant {label!r}", did_you_mean(label, drafts))
     return False
 
 
@@ -93,11 +113,10 @@ def _cycle(draft: Draft, drafts: dict[str, Draft]) -> list[tuple[Link, str]]:
     seen: set[str] = set()
     while ways:
         current, way = ways.pop(0)
-        for link in LINKS:
-            label = current.needed(link)
+        for link, label, _ in current.links:
             if label == draft.label:
                 return [*way, (link, label)]
-            if label is not None and label in drafts and label not in seen:
+            if label in drafts and label not in seen:
                 seen.add(label)
                 ways.append((drafts[label], [*way, (link, label)]))
     return []

@@ -58,6 +58,8 @@ class Step:
     """Key of the fit step whose weights a fit step starts from; it is among `parents`."""
     teacher: str | None = None
     """Key of the fit step whose model a fit step learns from; it is among `parents`."""
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Keys of the fit steps whose models answer beside a fit step's, by the wrapper's label; among `parents`."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,22 @@ def _fit_step(
     # Of a variant that is not trained the teacher is only what its children inherit.
     teacher = fit_keys[variant.teacher, seed] if variant.teacher and train else None
     kept = kept_epochs(recipe, variant)
+    members = {label: tuple(fit_keys[one, seed] for one in named) for label, named in variant.members.items()}
+
+    def defense(use: Use) -> dict[str, object]:
+        named = _identity("defense", use, source_hash)
+        if use.label not in members:
+            return named
+        # Which models they are, whatever they are called.
+        return {**named, "parameters": {**use.parameters, "members": members[use.label]}}
+
     key = content_key(
         kind="fit",
         parent=parent,
         data=data_fingerprint,
         seed=seed,
         model=_identity("model", variant.model, source_hash),
-        defenses=[_identity("defense", use, source_hash) for use in variant.defenses] if train else [],
+        defenses=[defense(use) for use in variant.defenses] if train else [],
         compress=[_identity("compressor", use, source_hash) for use in variant.compress],
         threat=_threat(variant.threat) if _meets_threat(variant) else None,
         train=_train(train, source_hash) if train else None,
@@ -135,15 +146,14 @@ def _fit_step(
         **({"keep": kept} if kept else {}),
         **({"teacher": teacher} if teacher else {}),
         # Only where there are any, so that older results stay valid.
-        **(
-            {"wrappers": [_identity("defense", use, source_hash) for use in variant.wrappers]}
-            if variant.wrappers
-            else {}
-        ),
+        **({"wrappers": [defense(use) for use in variant.wrappers]} if variant.wrappers else {}),
     )
-    read = tuple(dict.fromkeys(one for one in (parent, teacher) if one))
+    beside = [one for keys in members.values() for one in keys]
+    read = tuple(dict.fromkeys(one for one in (parent, teacher, *beside) if one))
     described = describe_variant(variant)
-    return Step("fit", key, variant.label, seed, read, description=described, origin=parent, teacher=teacher)
+    return Step(
+        "fit", key, variant.label, seed, read, description=described, origin=parent, teacher=teacher, members=members
+    )
 
 
 def _meets_threat(variant: VariantSpec) -> bool:
@@ -288,6 +298,8 @@ def describe_variant(variant: VariantSpec) -> str:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+        return f"[{', '.join(value)}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -15,6 +15,19 @@ from robustkit.recipe.document import Document, PathTuple
 from robustkit.recipe.limits import beyond_limits, refusal
 from robustkit.recipe.spec import Use
 
+PLACES: dict[registry.Kind, str] = {
+    "defense": "defenses:",
+    "compressor": "compress:",
+    "attack": "evaluate.attacks:",
+    "certificate": "evaluate.certify:",
+    "augmentation": "train.augment:",
+    "optimizer": "train.optimizer:",
+    "schedule": "train.schedule:",
+    "poison": "data.poison:",
+    "data": "data:",
+    "model": "model:",
+}
+"""Where each kind of plugin stands in a recipe."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -28,6 +41,8 @@ class Reader:
         self.problems: list[Problem] = []
         self.labels: tuple[str, ...] = ()
         """Labels of the variants, once they are read."""
+        self.side: int | None = None
+        """Pixels a side of the images, once the data are read and where that says it."""
 
     def problem(self, path: PathTuple, message: str, hint: str | None = None, *, key: bool = False) -> None:
         """Note a problem at a path; `key`: at its key rather than at its value."""
@@ -92,7 +107,7 @@ class Reader:
                 raise UsageError(refused)
             clean, mistakes = registry.check_parameters(entry, given)
         except UsageError as error:
-            message, _, hint = str(error).partition("; ")
+            message, _, hint = _elsewhere(kind, name) or str(error).partition("; ")
             self.problem(path, message, hint or None, key=path[-1] == name)
             return None
         for parameter, message in [*mistakes, *beyond_limits(entry, clean)]:
@@ -122,6 +137,18 @@ class Reader:
 def _label(kind: registry.Kind, name: str) -> str:
     """Return what a use is called without `as`: labels of attacks and certificates stand where no path fits."""
     return name.rpartition(":")[2] if kind in ("attack", "certificate") else name
+
+
+def _elsewhere(kind: registry.Kind, name: str) -> tuple[str, str, str] | None:
+    """Return what is wrong with a plugin of another kind, and where it belongs; None where the name is of none."""
+    if name in registry.names(kind):
+        return None
+    other = next((one for one in PLACES if name in registry.names(one)), None)
+    if other is None:
+        return None
+    similar = did_you_mean(name, registry.names(kind))
+    hint = f"put it under `{PLACES[other]}`" + (f", or {similar}" if similar else "")
+    return f"{name} is {'an' if other[0] in 'ao' else 'a'} {other}, no {kind}", "; ", hint
 
 
 def _kind(value: object) -> str:

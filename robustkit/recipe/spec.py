@@ -89,6 +89,8 @@ class VariantSpec(Spec):
     defenses: tuple[Use, ...] = ()
     wrappers: tuple[Use, ...] = ()
     """Those of the defenses that wrap the model for inference."""
+    members: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """By the label of a wrapper: the variants that answer beside this one."""
     compress: tuple[Use, ...] = ()
     train: TrainSpec | None = None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from robustkit.recipe.budget import budget_problem
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.growth import growth_problem
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
+from robustkit.recipe.members import members_of, named_members
 from robustkit.recipe.order import Draft, ordered
 from robustkit.recipe.owners import check_exclusive, check_parted, defined_hooks
 from robustkit.recipe.parts import read_threat, read_train
@@ -47,15 +49,20 @@ def _expand(reader: Reader, label: str, value: object) -> list[Draft]:
     matrix = given.pop("matrix", None)
     try:
         if matrix is None:
-            return [Draft(substitute_text(label, {}), path, substitute(given, {}))]
+            return [_draft(reader, label, path, given, {})]
         if not isinstance(matrix, dict) or not matrix:
             raise MatrixError("matrix is a mapping of name to a list of values, e.g. {percent: [50, 80]}")
-        return [Draft(substitute_text(label, names), path, substitute(given, names)) for names in combinations(matrix)]
+        return [_draft(reader, label, path, given, names) for names in combinations(matrix)]
     except MatrixError as error:
         message, _, hint = str(error).partition("; ")
         where = path if matrix is None else (*path, "matrix")
         reader.problem(where, message, hint or None, key=matrix is None)
         return []
+
+
+def _draft(reader: Reader, label: str, path: PathTuple, given: dict[str, Any], names: dict[str, Any]) -> Draft:
+    filled = substitute(given, names)
+    return Draft(substitute_text(label, names), path, filled, named_members(reader, path, filled))
 
 
 def _unique(reader: Reader, drafts: list[Draft]) -> dict[str, Draft]:
@@ -97,7 +104,9 @@ def _variant(
     wrappers = tuple(use for use in defenses if "wrap" in defined_hooks(reader, use))
     if not trains and any(use not in wrappers for use in defenses) and given.get("defenses"):
         reader.problem((*path, "defenses"), "defenses do nothing here: the variant is not trained", "add `train: {}`")
-    if parent is not None and not trains and not compress and wrappers == parent.wrappers:
+    # What was meant by a plugin that is not known is not to be guessed.
+    unread = bool(given.get("defenses")) and not defenses
+    if parent is not None and not trains and not given.get("compress") and wrappers == parent.wrappers and not unread:
         reader.problem(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )
@@ -110,6 +119,7 @@ def _variant(
     check_parted(reader, draft, parent, defenses)
     # What a child inherits is not known where its parent is lost.
     teacher = None if lost and "defenses" not in given else teacher_of(reader, draft, parent, defenses, trains)
+    members = members_of(reader, draft, parent, wrappers, trains or bool(compress))
     if chosen is None or lost:
         return None
     return VariantSpec(
@@ -120,6 +130,7 @@ def _variant(
         threat=budget,
         defenses=defenses,
         wrappers=wrappers,
+        members=members,
         compress=compress,
         train=train.model_copy(update=update) if trains else None,
     )
@@ -132,7 +143,7 @@ def _model(
         return parent.model if parent else model
     chosen = reader.use("model", (*draft.path, "model"), draft.given["model"])
     if parent is not None and chosen is not None and chosen != parent.model:
-        wrong = growth_problem(parent, chosen, done)
+        wrong = growth_problem(parent, chosen, done, reader.side)
         if wrong is not None:
             reader.problem((*draft.path, "model"), *wrong)
     return chosen

@@ -35,7 +35,8 @@ def _robust(trusted: list[VariantResult], results: Results) -> str:
 
 
 def _small(trusted: list[VariantResult], results: Results) -> str:
-    compressed = [row for row in trusted if row.sparsity > 0.01 or row.parent is not None]
+    small = [row for row in trusted if not row.members]
+    compressed = [row for row in small if row.sparsity > 0.01 or row.parent is not None]
     front = [row for row in compressed if row.pareto]
     if not compressed:
         return ""

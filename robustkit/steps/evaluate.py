@@ -42,9 +42,10 @@ CURVE_TRIES = 4
 def measure_step(bench: Workbench, step: Step) -> None:
     """Store parameters, non-zeros, bytes, MACs and sparsity per layer of a model."""
     (fit_key,) = step.parents
-    costs = measure_costs(
-        bench.load(fit_key, wrapped=False), bench.any_dataset().shape, bench.store.step(fit_key) / MODEL
-    )
+    # Models that answer beside it are part of what it costs.
+    joined = bool(bench.recipe.variant(step.variant).members)
+    model = bench.load(fit_key, wrapped=joined)
+    costs = measure_costs(model, bench.any_dataset().shape, bench.store.step(fit_key) / MODEL)
     values = asdict(costs)
     values["layers"] = [layer.model_dump() for layer in costs.layers]
     values["notes"] = notes_of(costs)

@@ -30,6 +30,8 @@ from robustkit.train.loop import fit
 from robustkit.workbench import Workbench, threat_of
 
 LAST = "last.safetensors"
+MEASURED = 512
+"""Training images that the batch norms of a grown model are measured on."""
 EARLY = "epoch-{}.safetensors"
 
 
@@ -126,7 +128,15 @@ def _validation(bench: Workbench, variant: VariantSpec) -> float:
 def _save(bench: Workbench, model: nn.Module, variant: VariantSpec, data: Dataset, step: Step, name: str) -> None:
     folder = bench.store.step(step.key)
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, folder / name, variant.model, shape=data.shape, classes=data.classes, wrappers=variant.wrappers)
+    save_model(
+        model,
+        folder / name,
+        variant.model,
+        shape=data.shape,
+        classes=data.classes,
+        wrappers=variant.wrappers,
+        members={label: [bench.store.step(key) / MODEL for key in keys] for label, keys in step.members.items()},
+    )
 
 
 def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) -> nn.Module:
@@ -136,7 +146,8 @@ def _start(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
         if bench.recipe.variant(variant.parent).model == variant.model:
             return arrived
         larger = _build(bench, variant, step, data)
-        grow(arrived, larger, torch.Generator().manual_seed(derive_seed(step.seed, "grow", step.key)))
+        generator = torch.Generator().manual_seed(derive_seed(step.seed, "grow", step.key))
+        grow(arrived.cpu(), larger, generator, data.train.floats(0, MEASURED).cpu())
         return larger
     return _build(bench, variant, step, data)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -153,6 +153,12 @@ class Defense:
         In a recipe it is the variant that `teacher:` names. The model may be used elsewhere: keep a frozen copy.
         """
 
+    def take_members(self, members: Sequence[nn.Module]) -> None:
+        """Take the trained models that answer beside the model, before wrap; a wrapper that overrides this needs them.
+
+        In a recipe they are the variants that its parameter `members`, a list of labels, names.
+        """
+
     def prepare_data(self, data: Split, context: DataContext) -> Split:
         """Filter, deduplicate or relabel the training data before the first epoch."""
         return data
@@ -262,6 +268,11 @@ def is_adversarial(defense: Defense) -> bool:
 def is_taught(defense: Defense) -> bool:
     """Say whether the defense learns from a teacher."""
     return type(defense).take_teacher is not Defense.take_teacher
+
+
+def is_joined(defense: Defense) -> bool:
+    """Say whether other trained models answer beside the model that the defense wraps."""
+    return type(defense).take_members is not Defense.take_members
 
 
 def owned_hooks(defense: type[Defense]) -> tuple[str, ...]:

@@ -23,7 +23,17 @@ from robustkit.defenses.inner import cross_entropy_score, kl_score
 from robustkit.errors import RecipeError, RobustkitError
 from robustkit.recipe.schema import load_recipe, parse_recipe
 from robustkit.recipe.spec import TrainSpec, Use
-from robustkit.train.hooks import Batch, DataContext, Defense, Forward, Step, is_adversarial, is_taught, owned_hooks
+from robustkit.train.hooks import (
+    Batch,
+    DataContext,
+    Defense,
+    Forward,
+    Step,
+    is_adversarial,
+    is_joined,
+    is_taught,
+    owned_hooks,
+)
 from robustkit.train.loop import fit
 from robustkit.train.step import total_loss, train_step
 
@@ -58,6 +68,8 @@ class Case:
         assert isinstance(defense, Defense)
         if is_taught(defense):
             defense.take_teacher(network(seed=7))
+        if is_joined(defense):
+            defense.take_members([network(seed=8)])
         return defense
 
 
@@ -131,6 +143,7 @@ CASES = [
     Case("median_filter", {"size": 2}),
     Case("randomized_smoothing", {"sigma": 0.1, "samples": 2}),
     Case("mc_dropout", {"p": 0.3, "samples": 2}),
+    Case("ensemble", {"members": ["other"]}),
     Case("input_gradient.py:InputGradient", {"weight": 0.5}),
     Case("input_gradient.py:InputGradient", {"weight": 0.5}, norm="l2"),
 ]

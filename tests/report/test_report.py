@@ -405,6 +405,8 @@ def test_the_verdict_names_the_winner_its_cost_and_the_doubts() -> None:
     found = " ".join(verdict(mark_pareto(Results(variants=[rows[0], wrong, rows[2]]))))
     assert "pruned is the most robust" in found
     assert "not to be quoted: robust" in found
+    joint = rows[2].model_copy(update={"members": ["baseline"]})
+    assert "compressed" not in " ".join(verdict(mark_pareto(Results(variants=[*rows[:2], joint]))))
 
 
 def test_the_pareto_front() -> None:

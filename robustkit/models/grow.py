@@ -51,6 +51,10 @@ def grow_small_cnn(small: SmallCnn, large: SmallCnn, generator: torch.Generator)
         raise ModelError(
             f"small_cnn cannot grow from widths {widths[0]} to {widths[1]}: as many groups, none of them narrower"
         )
+    if (small.whitening is None) != (large.whitening is None):
+        raise ModelError("small_cnn cannot grow with `whiten` in one of the two models alone; give both the same")
+    if small.whitening is not None and large.whitening is not None:
+        large.whitening.load_state_dict(small.whitening.state_dict())
     before = torch.arange(old[0].conv1.in_channels)
     for one, other in zip(old, new, strict=True):
         inside = copies(one.conv1.out_channels, other.conv1.out_channels, generator)

@@ -18,6 +18,8 @@ def growth_problem(parent: VariantSpec, chosen: Use, done: Mapping[str, VariantS
     old, new = _widths(parent.model), _widths(chosen)
     if len(old) != len(new) or any(before > after for before, after in zip(old, new, strict=False)):
         return f"{GROWS} cannot grow from widths {old} to {new}", "as many groups, none of them narrower"
+    if parent.model.parameters.get("whiten", "none") != chosen.parameters.get("whiten", "none"):
+        return f"{GROWS} cannot grow where `whiten` differs", "give both the same `whiten`"
     line: VariantSpec | None = parent
     while line is not None:
         if line.compress:

@@ -18,6 +18,7 @@ from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.models.grow import grow
+from robustkit.models.whitening import whiten_
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
 from robustkit.recipe.spec import VariantSpec
@@ -147,7 +148,7 @@ def _build(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
         identity = content_key(model=variant.model.name, parameters=variant.model.parameters)
         torch.manual_seed(derive_seed(step.seed, "init", identity))
         given = bench.recipe.normalize
-        return build_model(
+        model = build_model(
             variant.model,
             shape=data.shape,
             classes=len(data.classes),
@@ -156,6 +157,8 @@ def _build(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
             folder=bench.recipe.folder,
             plugins=bench.recipe.plugins,
         )
+    whiten_(model, data.train.images)
+    return model
 
 
 def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, held: Masks) -> MaskKeeper | None:

@@ -256,6 +256,8 @@ class _Run:
             self.augment,
             generator,
             memory_limit=self.spec.memory_limit,
+            epoch=state.epoch,
+            seed=derive_seed(self.seed, self.key, "augment"),
         )
         for number, sample in enumerate(batches, 1):
             loss, hits = self._step(state, sample, number, steps, own)

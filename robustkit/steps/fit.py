@@ -13,6 +13,7 @@ from robustkit.checkpoint import StateFile
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import Masks, hook_masks, is_hooked, without_hooks
 from robustkit.compress.rewind import EpochKeeper
+from robustkit.data.content import cache_folder
 from robustkit.data.split import Dataset
 from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
@@ -64,6 +65,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
             checkpoint=StateFile(bench.store.step(step.key) / STATE, bench.warn),
             augment=[bench.create("augmentation", use) for use in variant.train.augment],  # type: ignore[misc]
             create=bench.create,
+            choices=cache_folder() / "engines",
         )
         model = fitted.model
         record |= {

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -51,7 +50,6 @@ class _ThinConvolution(torch.autograd.Function):
         return functional.conv2d(x, weight, bias, padding=padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         (weight,) = ctx.saved_tensors
         found = thin_input_gradient(gradients[0], weight, ctx.padding, ctx.size)

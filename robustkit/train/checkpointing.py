@@ -6,14 +6,14 @@ Chen et al. 2016, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from robustkit.defenses.sharpness import still_statistics
+from robustkit.defenses.thin import ThinInputs
 from robustkit.errors import UsageError
 from robustkit.recipe.spec import TrainSpec
 
@@ -68,9 +68,32 @@ def checkpointed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Let batch norms compute as before and leave their running statistics: the batch has been counted."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm, _, tracked in kept:
+            # Without momentum nothing moves; without a buffer nothing counts.
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if tracked is None else tracked.clone()
+        yield
+    finally:
+        for norm, momentum, tracked in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+@contextmanager
+def _once_more(block: nn.Module) -> Iterator[None]:
+    with ThinInputs(), _statistics_kept(block):
+        yield
+
+
 def _again(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), still_statistics(block)
+    def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        # A mode that was entered outside does not reach into a backward: both passes have it, or they would differ.
+        return ThinInputs(), _once_more(block)
 
     def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if not torch.is_grad_enabled():

@@ -15,17 +15,17 @@ Piece = tuple[Batch, Tensor | float]
 
 
 def pieces(batch: Batch, count: int) -> list[Piece]:
-    """Return a batch in `count` pieces (fewer where it has fewer images), each with its share of the whole loss.
+    """Return a batch in `count` pieces (fewer where they would be single images), each with its share of the loss.
 
     The share is that of the images, or of their weights where the batch has weights.
     """
     if count == 1:
         return [(batch, 1.0)]
-    size = -(-len(batch.y) // count)
-    if len(batch.y) % size == 1 and len(batch.y) > 1:
-        # Batch norm cannot be trained on a single image.
-        size += 1
-    return [_piece(batch, slice(start, start + size)) for start in range(0, len(batch.y), size)]
+    images = len(batch.y)
+    # Two images at least: batch norm cannot be trained on a single one.
+    count = max(1, min(count, images // 2))
+    ends = [images * number // count for number in range(count + 1)]
+    return [_piece(batch, slice(*ends[number : number + 2])) for number in range(count)]
 
 
 def _piece(batch: Batch, part: slice) -> Piece:

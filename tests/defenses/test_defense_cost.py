@@ -143,3 +143,17 @@ def test_projected_steps_stay_in_ball_and_box_and_go_all_the_way() -> None:
         Linear(), x, y, THREAT, steps=5, alpha=0.03, generator=torch.Generator().manual_seed(1), start=False
     )
     torch.testing.assert_close(found, (x + 0.1 * weight.sign()).clamp(0, 1))
+
+
+def test_a_gradient_of_the_quick_gradient_is_the_usual_one() -> None:
+    convolution = nn.Conv2d(1, 3, 3, padding=1).double().requires_grad_(False)
+    x = torch.rand(2, 1, 5, 5, dtype=torch.float64).requires_grad_()
+
+    def twice() -> Tensor:
+        (first,) = torch.autograd.grad(convolution(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        return second
+
+    wanted = twice()
+    with ThinInputs():
+        torch.testing.assert_close(twice(), wanted)

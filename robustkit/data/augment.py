@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,32 @@ class Augmentation(Protocol):
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the changed batch, same shape."""
         ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a batch stands in a training: its epoch from 0, a seed that is the same in all of them, and the positions
+    (N,) of its images in the training split."""
+
+    epoch: int
+    seed: int
+    positions: Tensor
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """An augmentation that looks at which images these are; it is called in place of `__call__`."""
+
+    def placed(self, images: Tensor, place: Place, generator: torch.Generator) -> Tensor:
+        """Return the changed batch, same shape."""
+        ...
+
+
+def augmented(images: Tensor, augment: Sequence[Augmentation], place: Place, generator: torch.Generator) -> Tensor:
+    """Return a batch after every augmentation, in their order."""
+    for one in augment:
+        images = one.placed(images, place, generator) if isinstance(one, Placed) else one(images, generator)
+    return images
 
 
 def random_crop(images: Tensor, padding: int, mode: str, generator: torch.Generator) -> Tensor:
@@ -39,6 +66,26 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return each image mirrored left to right with probability one half."""
     draw = torch.rand(images.shape[0], generator=generator, device=images.device) < 0.5
     return torch.where(draw[:, None, None, None], images.flip(3), images)
+
+
+def alternating_flip(images: Tensor, positions: Tensor, epoch: int, seed: int) -> Tensor:
+    """Return each image mirrored left to right in every other epoch (Jordan 2024, arXiv 2404.00498, section 3.6).
+
+    positions (N,): which images of the training split these are. Half of the images, by a draw that depends on seed
+    and position alone, are mirrored in even epochs, the others in odd ones: two epochs show both sides of every image.
+    """
+    mirrored = (_coin(positions, seed) + epoch) % 2 == 1
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def _coin(positions: Tensor, seed: int) -> Tensor:
+    """Return 0 or 1 (N,) for each position, as good as drawn (the mixer of splitmix64, Steele et al. 2014)."""
+    mixed = positions.to(torch.int64) + seed % 2**31 + 1
+    for factor, shift in ((-7046029254386353131, 30), (-4658895280553007687, 27), (-7723592293110705685, 31)):
+        mixed = mixed * factor
+        # The arithmetic shift of a signed number drags its sign along; the mask takes it off again.
+        mixed = mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))
+    return mixed & 1
 
 
 def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -75,11 +122,23 @@ class Crop:
 
 @dataclass(frozen=True)
 class Flip:
-    """Mirror left to right with probability one half."""
+    """Mirror left to right with probability one half; with alternate, every image in every other epoch (Jordan 2024).
+
+    Of two epochs with `alternate` one shows an image as it is and the other its mirror image, instead of the same one
+    twice half of the time.
+    """
+
+    alternate: bool = False
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the batch with half of it mirrored."""
         return random_flip(images, generator)
+
+    def placed(self, images: Tensor, place: Place, generator: torch.Generator) -> Tensor:
+        """Return the batch with those mirrored whose turn it is."""
+        if not self.alternate:
+            return random_flip(images, generator)
+        return alternating_flip(images, place.positions, place.epoch, place.seed)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from robustkit.data.augment import Augmentation
+from robustkit.data.augment import Augmentation, Place, augmented
 from robustkit.data.split import Split
 
 Sample = tuple[Tensor, Tensor, Tensor]
@@ -40,18 +40,19 @@ def training_batches(
     generator: torch.Generator,
     *,
     memory_limit: int | None = None,
+    epoch: int = 0,
+    seed: int = 0,
 ) -> Iterator[Sample]:
     """Yield (x float32 (B, C, H, W) in [0, 1], y (B,), positions (B,)) on the device, in the order given.
 
     A last batch of one example is left out (batch norm cannot be trained on it), unless it is the only one. The
-    numbers are the same whether the data are resident or streamed.
+    numbers are the same whether the data are resident or streamed. `epoch` and `seed`, the same in every epoch, are for
+    augmentations that follow an image through the training.
     """
     source = _streamed if is_streamed(split, memory_limit) else _resident
     for images, labels, positions in source(split, _drop_single(order, batch_size), batch_size, device):
         x = images.to(torch.float32).div_(255)
-        for one in augment:
-            x = one(x, generator)
-        yield x, labels, positions
+        yield augmented(x, augment, Place(epoch, seed, positions), generator), labels, positions
 
 
 def _drop_single(order: Tensor, batch_size: int) -> Tensor:

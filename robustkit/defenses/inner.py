@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from robustkit.attacks.losses import margin
 from robustkit.attacks.projection import l2_direction, l2_norm, project_
 from robustkit.attacks.threat import Threat
+from robustkit.defenses.thin import ThinInputs
 from robustkit.train.modes import attack_mode
 
 Score = Callable[[Tensor], Tensor]
@@ -153,16 +154,22 @@ def ascend(
     The caller puts the model into attack mode.
     """
     found = start
+    if threat.norm == "linf":
+        eps = threat.eps_for(x)
+        low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
+        for _ in range(steps):
+            found = torch.add(found, input_gradient(model, score, found).sign_(), alpha=alpha)
+            torch.clamp(found, low, high, out=found)
+        return found
     for _ in range(steps):
-        gradient = input_gradient(model, score, found)
-        direction = gradient.sign() if threat.norm == "linf" else l2_direction(gradient)
+        direction = l2_direction(input_gradient(model, score, found))
         found = (x + project_(found + alpha * direction - x, threat)).clamp(0, 1)
     return found
 
 
 def input_gradient(model: nn.Module, score: Score, x: Tensor) -> Tensor:
     """Return the gradient of the summed score with respect to x, shaped like x; no parameter's .grad is touched."""
-    with torch.enable_grad():
+    with torch.enable_grad(), ThinInputs():
         leaf = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(score(model(leaf)).sum(), leaf)
     return gradient.detach()

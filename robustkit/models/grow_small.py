@@ -22,9 +22,10 @@ def grow_small_cnn(small: SmallCnn, large: SmallCnn, generator: torch.Generator,
     images: normalized training images (N, C, H, W), on which the batch norms of new groups are measured.
 
     Raises:
-        ModelError: a group is missing or narrower, a new one pools a map with an odd number of pixels a side, or there
-            are new ones and no images.
+        ModelError: one of the two alone whitens, a group is missing or narrower, a new one pools a map with an odd
+            number of pixels a side, or there are new ones and no images.
     """
+    images = _whitened(small, large, images)
     old = [group for group in small.groups if isinstance(group, ConvGroup)]
     new = [group for group in large.groups if isinstance(group, ConvGroup)]
     widths = [[group.conv1.out_channels for group in groups] for groups in (old, new)]
@@ -51,6 +52,19 @@ def grow_small_cnn(small: SmallCnn, large: SmallCnn, generator: torch.Generator,
     widen(small.head, large.head, kept, unchanged(small.head.out_features))
     if added:
         large.head.bias.sub_(LINEAR * large.head.weight.sum(1))
+
+
+def _whitened(small: SmallCnn, large: SmallCnn, images: Tensor | None) -> Tensor | None:
+    """Give `large` the whitening of `small`; return what it makes of the images."""
+    if (small.whitening is None) != (large.whitening is None):
+        raise ModelError("small_cnn cannot grow with `whiten` in one of the two models alone; give both the same")
+    if small.whitening is None or large.whitening is None:
+        return images
+    large.whitening.load_state_dict(small.whitening.state_dict())
+    if images is None:
+        return None
+    whitened: Tensor = large.whitening(images)
+    return whitened
 
 
 def _pass_through(group: ConvGroup, x: Tensor | None, made: Copies, shift: float) -> Tensor | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from robustkit.errors import ModelError
+from robustkit.models.whitening import Whitening, start_as_identity
 from robustkit.params import PositiveInt
 
 
@@ -31,10 +34,19 @@ class ConvGroup(nn.Module):
 class SmallCnn(nn.Module):
     """One group of two 3x3 convolutions per width, pooled early, GELU, then max over the map and a linear layer.
 
-    Takes images from 8x8 on; a group whose map is a single pixel no longer pools.
+    Takes images from 8x8 on; a group whose map is a single pixel no longer pools. whiten puts a layer in front that
+    whitens patches of 2x2 pixels of the training images (Page 2018; Jordan 2024), frozen or trained on from there.
+    dirac starts each convolution with the identity in its first filters (Zagoruyko & Komodakis 2017, arXiv 1706.00388).
     """
 
-    def __init__(self, shape: tuple[int, int, int], classes: int, widths: list[PositiveInt] = [32, 64, 64]) -> None:  # noqa: B006
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        widths: list[PositiveInt] = [32, 64, 64],  # noqa: B006
+        whiten: Literal["none", "frozen", "trained"] = "none",
+        dirac: bool = False,
+    ) -> None:
         super().__init__()
         channels, height, width = shape
         if not widths:
@@ -42,15 +54,23 @@ class SmallCnn(nn.Module):
         if min(height, width) < 4:
             raise ModelError(f"small_cnn: images of {height}x{width} are too small; 4x4 is the least")
         side = min(height, width)
-        groups: list[nn.Module] = []
+        self.whitening = Whitening(channels, trained=whiten == "trained") if whiten != "none" else None
+        if self.whitening is not None:
+            channels, side = self.whitening.outputs, side - 1
+        groups: list[ConvGroup] = []
         for outputs in widths:
             groups.append(ConvGroup(channels, outputs, pool=side >= 2))
             channels, side = outputs, max(1, side // 2)
         self.groups = nn.Sequential(*groups)
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.head = nn.Linear(channels, classes)
+        if dirac:
+            for group in groups:
+                start_as_identity(group.conv1)
+                start_as_identity(group.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, C, H, W)."""
+        x = x if self.whitening is None else self.whitening(x)
         logits: Tensor = self.head(self.pool(self.groups(x)).flatten(1))
         return logits

@@ -40,6 +40,10 @@ def _compressed(parent: VariantSpec, done: Mapping[str, VariantSpec]) -> Wrong |
 
 
 def _small(old: Mapping[str, Any], new: Mapping[str, Any], side: int | None) -> Wrong | None:
+    if old["whiten"] != new["whiten"]:
+        return f"{SMALL} cannot grow where `whiten` differs", "give both the same `whiten`"
+    if side is not None and new["whiten"] != "none":
+        side -= 1
     before, after = list(old["widths"]), list(new["widths"])
     wrong = wrong_widths(before, after, side)
     hint = "keep every group, as wide or wider; new groups stand at the end"

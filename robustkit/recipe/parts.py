@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from robustkit.params import Duration, Fraction, NonNegativeFloat, Number, PositiveFloat, PositiveInt
 from robustkit.recipe.document import PathTuple
@@ -40,7 +40,10 @@ class TrainInput(Plain):
     validation: Annotated[Fraction, Field(gt=0, lt=1)] | None = None
     select: Literal["auto", "clean", "robust", "last"] | None = None
     precision: Literal["auto", "fp32", "bf16"] | None = None
-    compile: bool | None = None
+    compile: Literal["auto"] | StrictBool | None = None
+    accumulate: PositiveInt | None = None
+    checkpointing: bool | None = None
+    deterministic: bool | None = None
     memory_limit: PositiveInt | None = None
     guards: bool | None = None
     time_limit: Duration | None = None

@@ -33,6 +33,8 @@ PARTED = "partition_ensemble"
 """The defense whose vote tolerates a number of poisons."""
 PROBED = frozenset({"cascade"})
 """Attacks that try first what fooled the parent."""
+LATER = ("stages", "accumulate", "checkpointing", "deterministic")
+"""Fields of a training that are part of its key only where they are set."""
 AttackKeys = dict[tuple[str | None, int, str], str]
 """(variant, seed, label of the attack) -> key of the step."""
 SourceHash = Callable[[str, Use], str]
@@ -166,9 +168,10 @@ def _train(train: TrainSpec, source_hash: SourceHash) -> dict[str, object]:
     values: dict[str, object] = train.model_dump(
         mode="json", exclude={"optimizer", "schedule", "augment", "time_limit"}
     )
-    if not train.stages:
-        # What was trained before there were stages keeps its key.
-        del values["stages"]
+    # What was trained before there were these keeps its key.
+    for name in LATER:
+        if getattr(train, name) == TrainSpec.model_fields[name].default:
+            del values[name]
     values["optimizer"] = _identity("optimizer", train.optimizer, source_hash)
     values["schedule"] = _identity("schedule", train.schedule, source_hash)
     values["augment"] = [_identity("augmentation", use, source_hash) for use in train.augment]

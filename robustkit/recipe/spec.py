@@ -59,7 +59,13 @@ class TrainSpec(Spec):
     validation: float = 0.1
     select: Literal["auto", "clean", "robust", "last"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
+    compile: Literal["auto"] | bool = False
+    accumulate: int = 1
+    """Pieces of a batch that are computed one after the other; their gradients add up."""
+    checkpointing: bool = False
+    """Compute the model's blocks again in the backward instead of keeping what is inside them."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone."""
     memory_limit: int | None = None
     guards: bool = True
     time_limit: float | None = None

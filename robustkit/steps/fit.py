@@ -13,11 +13,13 @@ from robustkit.checkpoint import StateFile
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import Masks, hook_masks, is_hooked, without_hooks
 from robustkit.compress.rewind import EpochKeeper
+from robustkit.data.content import cache_folder
 from robustkit.data.split import Dataset
 from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.models.grow import grow
+from robustkit.models.whitening import whiten_
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
 from robustkit.recipe.spec import VariantSpec
@@ -65,6 +67,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
             checkpoint=StateFile(bench.store.step(step.key) / STATE, bench.warn),
             augment=[bench.create("augmentation", use) for use in variant.train.augment],  # type: ignore[misc]
             create=bench.create,
+            choices=cache_folder() / "engines",
         )
         model = fitted.model
         record |= {
@@ -158,7 +161,7 @@ def _build(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
         identity = content_key(model=variant.model.name, parameters=variant.model.parameters)
         torch.manual_seed(derive_seed(step.seed, "init", identity))
         given = bench.recipe.normalize
-        return build_model(
+        model = build_model(
             variant.model,
             shape=data.shape,
             classes=len(data.classes),
@@ -167,6 +170,8 @@ def _build(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset) ->
             folder=bench.recipe.folder,
             plugins=bench.recipe.plugins,
         )
+    whiten_(model, data.train.images)
+    return model
 
 
 def _keeper(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, held: Masks) -> MaskKeeper | None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from robustkit.checkpoint import StateFile
+from robustkit.data.content import cache_folder
 from robustkit.data.split import Dataset
 from robustkit.models.vote import Vote
 from robustkit.recipe.plan import Step
@@ -70,6 +71,7 @@ def fit_members(
             checkpoint=StateFile(state, bench.warn),
             augment=[bench.create("augmentation", use) for use in variant.train.augment],  # type: ignore[misc]
             create=bench.create,
+            choices=cache_folder() / "engines",
         )
         ended = build(part)
         ended.load_state_dict(fitted.last_state)

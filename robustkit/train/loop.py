@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,16 @@ from robustkit.errors import TrainingError, UsageError
 from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.results import EpochRow, Flag
 from robustkit.seeding import derive_seed
+from robustkit.train.checkpointing import checkpointed, chosen_blocks
 from robustkit.train.clock import Clock
+from robustkit.train.determinism import deterministic
+from robustkit.train.engine import TrainingEngine, choose
 from robustkit.train.guards import Guards, Verdict
 from robustkit.train.hooks import Batch, Decision, EpochReport, Step, is_adversarial, owned_hooks
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
 from robustkit.train.overfitting import overfitting_flags
+from robustkit.train.pieces import check_pieces
 from robustkit.train.prepare import prepare_data
 from robustkit.train.recovery import Recovery
 from robustkit.train.stages import (
@@ -96,22 +101,25 @@ def fit(
     checkpoint: Checkpoint | None = None,
     augment: Sequence[Augmentation] = (),
     create: Create = create_by_name,
+    choices: Path | None = None,
 ) -> Fitted:
     """Train a model with its defenses and return it with its best weights.
 
     The best epoch is chosen on the validation split: by attacked accuracy where a defense trains on perturbed images
     or `select` asks for it, else by clean accuracy. The test split is never looked at. Every epoch starts from seeds
     derived from (seed, key, plugin, epoch), so a training that is resumed from `checkpoint` gives the numbers of an
-    undisturbed one. `create` makes the optimizer and the schedule that the spec names.
+    undisturbed one. `create` makes the optimizer and the schedule that the spec names. `choices`: a folder that keeps
+    what `auto` chose, for the next training of the same model on the same machine.
 
     Raises:
-        UsageError: a defense parts the data; each part needs a call of its own.
+        UsageError: a defense parts the data; each part needs a call of its own. Or options that exclude each other.
         TrainingError: the loss is not finite after three returns with half the learning rate.
     """
     if any("partition" in owned_hooks(type(defense)) for _, defense in defenses):
         raise UsageError("a defense that parts the data trains several models; a recipe runs it, `fit` trains one")
-    run = _Run(model, data, spec, defenses, threat, seed, key, device, on_event, augment, create)
-    return run.fit(checkpoint)
+    with deterministic(spec.deterministic, device):
+        run = _Run(model, data, spec, defenses, threat, seed, key, device, on_event, augment, create, choices)
+        return run.fit(checkpoint)
 
 
 class _Run:
@@ -130,7 +138,10 @@ class _Run:
         on_event: OnEvent,
         augment: Sequence[Augmentation],
         create: Create = create_by_name,
+        choices: Path | None = None,
     ) -> None:
+        check_pieces(spec.accumulate, defenses)
+        self.choices = choices
         self.spec, self.defenses, self.threat = spec, defenses, threat
         self.seed, self.key, self.device = seed, key, device
         self.on_event, self.augment = on_event, augment
@@ -150,8 +161,9 @@ class _Run:
         self.trained = frozenset(name for name, one in self.model.named_parameters() if one.requires_grad)
         self.optimizer = self._optimizer(create("optimizer", spec.optimizer))
         self.schedule: SchedulePlugin = create("schedule", spec.schedule)
-        self.runner: Callable[[Tensor], Tensor] = torch.compile(self.model) if spec.compile else self.model
-        self.precision = self._precision()
+        self.blocks = chosen_blocks(self.model, spec)
+        self.engine = TrainingEngine()
+        self.runner: Callable[[Tensor], Tensor] = self.model
         self.clock = Clock(spec.time_limit, 0.0, on_event)
         # Built once: hooks that were inserted must be there before a state is taken or put back.
         self.initial = snapshot(self.model, self.optimizer, self.defenses)
@@ -173,12 +185,6 @@ class _Run:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
         return optimizer
-
-    def _precision(self) -> torch.dtype | None:
-        wanted = self.spec.precision
-        if wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda"):
-            return torch.bfloat16
-        return None
 
     def fit(self, checkpoint: Checkpoint | None) -> Fitted:
         """Train to the end, from where the checkpoint left off."""
@@ -208,11 +214,22 @@ class _Run:
         guards = Guards(classes=self.classes, epochs=self.spec.epochs, adversarial=self.adversarial)
         saved = checkpoint.load() if checkpoint is not None else None
         if saved is None:
-            return TrainingState(guards=guards, notes=list(self.notes))
-        restore(saved, self.model, self.optimizer, self.defenses)
-        state = from_file(saved, guards)
-        self.on_event("resume", {"epoch": state.epoch, "epochs": self.spec.epochs})
+            state = TrainingState(guards=guards, notes=list(self.notes), engine=self._engine(None))
+            note = state.engine.note() if state.engine else None
+            state.notes += [note] if note else []
+        else:
+            restore(saved, self.model, self.optimizer, self.defenses)
+            state = from_file(saved, guards)
+            state.engine = self._engine(state.engine)
+            self.on_event("resume", {"epoch": state.epoch, "epochs": self.spec.epochs})
+        self.engine = state.engine or self.engine
+        self.runner = self.engine.runner(self.model)
         return state
+
+    def _engine(self, known: TrainingEngine | None) -> TrainingEngine:
+        size = max(2, batch_size_at(self.spec, 0) // self.spec.accumulate)
+        x = self.train.floats(0, size).to(self.device).contiguous(memory_format=self.layout)
+        return known or choose(self.spec, self.model, x, self.device, self.choices, self.classes)
 
     def _put_back(self, saved: dict[str, Any]) -> None:
         restore(saved, self.model, self.optimizer, self.defenses)
@@ -256,6 +273,8 @@ class _Run:
             self.augment,
             generator,
             memory_limit=self.spec.memory_limit,
+            epoch=state.epoch,
+            seed=derive_seed(self.seed, self.key, "augment"),
         )
         for number, sample in enumerate(batches, 1):
             loss, hits = self._step(state, sample, number, steps, own)
@@ -283,18 +302,20 @@ class _Run:
         x = resized(x, stage.resolution)
         at = (self.model, state.epoch, self.spec.epochs, progress, self.threat.scaled(ramp))
         length = 1 / (steps * self.spec.epochs)
-        return train_step(
-            self.runner,
-            Batch(x.contiguous(memory_format=self.layout), y, index, self.classes),
-            [
-                (defense, Step(*at, own[label], length, ramp, label.partition("#")[0]))
-                for label, defense in self.defenses
-            ],
-            self.optimizer,
-            precision=self.precision,
-            instead=self.ladder[state.guards.switches - 1].defense if state.guards.switches else None,
-            audit=number == 1 and self.spec.guards,
-        )
+        with checkpointed(self.model, self.blocks):
+            return train_step(
+                self.runner,
+                Batch(x.contiguous(memory_format=self.layout), y, index, self.classes),
+                [
+                    (defense, Step(*at, own[label], length, ramp, label.partition("#")[0]))
+                    for label, defense in self.defenses
+                ],
+                self.optimizer,
+                precision=self.engine.precision,
+                instead=self.ladder[state.guards.switches - 1].defense if state.guards.switches else None,
+                audit=number == 1 and self.spec.guards,
+                accumulate=self.spec.accumulate,
+            )
 
     def _project(self, left: int, total: Tensor, state: TrainingState) -> None:
         """Count a step for the clock, and say so where the training will end too late."""

@@ -31,6 +31,17 @@ class SchedulePlugin(Protocol):
         ...
 
 
+FUSED = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch updates all parameters in one call."""
+
+
+def fusible(groups: Groups) -> bool:
+    """Say whether all parameters of the groups can be updated in one call."""
+    parameters = [one for group in groups for one in group["params"]]
+    kinds = {one.device.type for one in parameters}
+    return len(kinds) == 1 and kinds <= set(FUSED) and all(one.is_floating_point() for one in parameters)
+
+
 @dataclass(frozen=True)
 class Sgd:
     """Stochastic gradient descent with momentum."""
@@ -48,6 +59,7 @@ class Sgd:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov and self.momentum > 0,
+            fused=fusible(groups),
         )
 
 
@@ -60,7 +72,7 @@ class Adam:
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         """Return torch's Adam."""
-        return torch.optim.Adam(groups, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.Adam(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fusible(groups))
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class AdamW:
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         """Return torch's AdamW."""
-        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=fusible(groups))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.results import EpochRow, Flag
+from robustkit.train.engine import TrainingEngine, engine_from
 from robustkit.train.guards import Guards
 from robustkit.train.hooks import Defense
 
@@ -46,6 +47,8 @@ class TrainingState:
     flags: list[Flag] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    engine: TrainingEngine | None = None
+    """How the first epoch was computed: the others are computed so too."""
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -95,6 +98,7 @@ def to_file(state: TrainingState, good: dict[str, Any]) -> dict[str, Any]:
         "notes": list(state.notes),
         "seconds": state.seconds,
         "guards": state.guards.state_dict(),
+        "engine": state.engine.plain() if state.engine else None,
     }
 
 
@@ -113,4 +117,5 @@ def from_file(saved: dict[str, Any], guards: Guards) -> TrainingState:
         flags=[Flag.model_validate(flag) for flag in saved["flags"]],
         notes=[str(note) for note in saved["notes"]],
         seconds=float(saved["seconds"]),
+        engine=engine_from(saved.get("engine")),
     )

@@ -14,6 +14,7 @@ from torch.nn import functional
 from robustkit.precision import autocast
 from robustkit.train.audits import audited_perturb
 from robustkit.train.hooks import Batch, Defense, Forward, Step, is_adversarial
+from robustkit.train.pieces import Piece, pieces
 
 Perturb = Callable[[Defense, Batch, Step], Tensor | None]
 Hooked = Sequence[tuple[Defense, Step]]
@@ -29,11 +30,13 @@ def train_step(
     precision: torch.dtype | None,
     instead: Defense | None = None,
     audit: bool = False,
+    accumulate: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Do the optimizer steps of one batch and return the last (loss, number of right predictions) on the device.
 
     instead: what perturbs in place of the defense that owns `perturb`. audit: look closely at what it does, which
-    waits for the device.
+    waits for the device. accumulate: in so many pieces, one after the other, from `perturb` to the backward; their
+    gradients add up to those of the batch.
 
     Order: ramp, transform_batch, then as often as a defense replays the batch (else once): perturb, around_step,
     objective (else cross-entropy), penalty, backward, second_pass, after_backward, step, after_step.
@@ -43,15 +46,16 @@ def train_step(
         for defense, step in hooked:
             batch = defense.transform_batch(batch, step)
     attack = audited_perturb if audit else plain_perturb
-    found = optimized(model, batch, hooked, optimizer, precision=precision, instead=instead, attack=attack)
+    parts = pieces(batch, accumulate)
+    found = optimized(model, parts, hooked, optimizer, precision=precision, instead=instead, attack=attack)
     for _ in range(1, max((defense.replays() for defense, _ in hooked), default=1)):
-        found = optimized(model, batch, hooked, optimizer, precision=precision, instead=instead, attack=attack)
+        found = optimized(model, parts, hooked, optimizer, precision=precision, instead=instead, attack=attack)
     return found
 
 
 def optimized(
     model: Callable[[Tensor], Tensor],
-    batch: Batch,
+    parts: Sequence[Piece],
     hooked: Hooked,
     optimizer: torch.optim.Optimizer,
     *,
@@ -59,26 +63,48 @@ def optimized(
     instead: Defense | None,
     attack: Perturb,
 ) -> tuple[Tensor, Tensor]:
-    """Do one optimizer step on a batch and return (loss, number of right predictions) as tensors on the device."""
-    with autocast(batch.x.device.type, precision):
-        for defense, step in hooked:
-            if is_adversarial(defense) and step.ramp > 0:
-                found = attack(instead or defense, batch, step)
-                batch.x_adv = batch.x_adv if found is None else found.detach()
-        forward = Forward(model, batch, lambda forward: main_loss(batch, forward, hooked))
-        with ExitStack() as stack:
-            for defense, step in hooked:
-                stack.enter_context(defense.around_step(batch, forward, step))
-            loss = total_loss(batch, forward, hooked)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            right = (forward.adversarial().detach().argmax(1) == batch.y).sum()
-            again(batch, forward, hooked, optimizer)
+    """Do one optimizer step on a batch in pieces; return (loss, number of right predictions) on the device."""
+    optimizer.zero_grad(set_to_none=True)
+    losses, rights = [], []
+    for batch, share in parts:
+        with autocast(batch.x.device.type, precision):
+            loss, right = gradients(model, batch, share, hooked, optimizer, instead=instead, attack=attack)
+        losses.append(loss)
+        rights.append(right)
     for defense, step in hooked:
         defense.after_backward(step)
     optimizer.step()
     for defense, step in hooked:
         defense.after_step(step)
+    if len(parts) == 1:
+        return losses[0], rights[0]
+    return torch.stack(losses).sum(), torch.stack(rights).sum()
+
+
+def gradients(
+    model: Callable[[Tensor], Tensor],
+    batch: Batch,
+    share: Tensor | float,
+    hooked: Hooked,
+    optimizer: torch.optim.Optimizer,
+    *,
+    instead: Defense | None,
+    attack: Perturb,
+) -> tuple[Tensor, Tensor]:
+    """Add a piece's share of the gradients; return its share of the loss and its number of right predictions."""
+    for defense, step in hooked:
+        if is_adversarial(defense) and step.ramp > 0:
+            found = attack(instead or defense, batch, step)
+            batch.x_adv = batch.x_adv if found is None else found.detach()
+    forward = Forward(model, batch, lambda forward: main_loss(batch, forward, hooked))
+    with ExitStack() as stack:
+        for defense, step in hooked:
+            stack.enter_context(defense.around_step(batch, forward, step))
+        loss = total_loss(batch, forward, hooked)
+        loss = loss if isinstance(share, float) and share == 1 else loss * share
+        loss.backward()
+        right = (forward.adversarial().detach().argmax(1) == batch.y).sum()
+        again(batch, forward, hooked, optimizer)
     return loss.detach(), right
 
 

@@ -188,3 +188,17 @@ def test_a_recipe_that_cannot_grow_says_where(before: str, after: str, words: st
         parse_recipe(recipe("{digits: {size: 28}}", f"{{{before}}}" if ":" in before else before, after))
     assert words in str(caught.value)
     assert ":5:" in str(caught.value)
+
+
+def test_a_whitened_small_cnn_grows_deeper_too() -> None:
+    torch.manual_seed(0)
+    small = SmallCnn((1, 25, 25), 10, widths=[4, 6], whiten="frozen")
+    large = SmallCnn((1, 25, 25), 10, widths=[6, 8, 8], whiten="frozen")
+    images = torch.rand(32, 1, 25, 25)
+    small(images)
+    small.eval()
+    large.eval()
+    grow_small_cnn(small, large, torch.Generator().manual_seed(0), images)
+    assert torch.allclose(small(images), large.eval()(images), atol=1e-5)
+    with pytest.raises(ModelError, match="whiten"):
+        grow_small_cnn(small, SmallCnn((1, 25, 25), 10, widths=[6, 8]), torch.Generator(), images)

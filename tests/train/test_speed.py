@@ -1,0 +1,386 @@
+"""What makes training quicker or smaller, and changes no number: pieces, blocks computed again, fused updates, auto."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from robustkit import registry
+from robustkit.attacks.threat import Threat
+from robustkit.checkpoint import StateFile
+from robustkit.data.augment import Crop, Flip
+from robustkit.data.load import load_dataset
+from robustkit.data.split import Dataset
+from robustkit.errors import RecipeError, TrainingError, UsageError
+from robustkit.models.build import build_model
+from robustkit.models.normalized import Normalized
+from robustkit.models.small_cnn import SmallCnn
+from robustkit.recipe.plan import make_plan
+from robustkit.recipe.schema import parse_recipe
+from robustkit.recipe.spec import TrainSpec, Use
+from robustkit.train import engine as engines
+from robustkit.train.checkpointing import blocks_of, checkpointed
+from robustkit.train.determinism import WORKSPACE, deterministic
+from robustkit.train.engine import TrainingEngine, candidates, choose
+from robustkit.train.hooks import Batch, Defense, Step
+from robustkit.train.loop import Fitted, fit
+from robustkit.train.optim import Adam, AdamW, Sgd
+from robustkit.train.pieces import pieces
+from robustkit.train.step import train_step
+
+CPU = torch.device("cpu")
+THREAT = Threat("linf", 0.1)
+
+
+def use(name: str, **parameters: Any) -> Use:
+    return Use(name=name, parameters=parameters, label=name)
+
+
+def defense(name: str, **parameters: Any) -> Defense:
+    made = registry.create(registry.find("defense", name), parameters)
+    assert isinstance(made, Defense)
+    return made
+
+
+def plain_network() -> nn.Module:
+    """Without batch norm, whose statistics are those of the pieces."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*layers).double()
+
+
+def one_step(
+    model: nn.Module, defenses: list[Defense], *, accumulate: int = 1, weighted: bool = False, count: int = 10
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Gradients, loss and right predictions of one step."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    x = torch.rand(count, 1, 8, 8, generator=generator, dtype=dtype)
+    y = torch.randint(10, (count,), generator=generator)
+    weight = torch.rand(count, generator=generator, dtype=dtype) if weighted else None
+    batch = Batch(x, y, torch.arange(count), 10, weight=weight)
+    step = Step(model, 0, 1, 0.5, THREAT, generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    hooked = [(one, step) for one in defenses]
+    loss, right = train_step(model, batch, hooked, optimizer, precision=None, accumulate=accumulate)
+    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}, loss, right
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("accumulate", [3, 64])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: [],
+        lambda: [defense("fgsm"), defense("label_smoothing", amount=0.1), defense("l1", amount=0.01)],
+        lambda: [defense("mart", steps=2)],
+    ],
+    ids=["plain", "fgsm, smoothing, l1", "mart"],
+)
+def test_pieces_have_the_gradient_of_the_whole_batch(
+    made: Callable[[], list[Defense]], accumulate: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From the image itself: a random start would be drawn piece by piece.
+    monkeypatch.setattr("robustkit.defenses.inner.random_start", lambda x, threat, generator: x)
+    wanted = one_step(plain_network(), made(), weighted=weighted)
+    found = one_step(plain_network(), made(), accumulate=accumulate, weighted=weighted)
+    for name, gradient in wanted[0].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=1e-8)
+    # The losses are computed in float32.
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
+    assert int(found[2]) == int(wanted[2])
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(10, 3), (5, 4), (9, 2), (21, 6), (64, 7), (2, 4), (1, 3)])
+def test_no_piece_is_a_single_image_unless_the_batch_is(count: int, accumulate: int) -> None:
+    batch = Batch(torch.rand(count, 1, 2, 2), torch.arange(count), torch.arange(count), count)
+    parts = pieces(batch, accumulate)
+    assert torch.equal(torch.cat([one.index for one, _ in parts]), batch.index)
+    assert len(parts) <= accumulate
+    assert min(len(one.y) for one, _ in parts) >= min(2, count)
+    assert sum(float(share) for _, share in parts) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return load_dataset(use("digits", limit=200), cache=tmp_path_factory.mktemp("cache"))
+
+
+def network() -> Normalized:
+    torch.manual_seed(0)
+    return Normalized(SmallCnn((1, 8, 8), 10, [8, 16]), [0.3], [0.4])
+
+
+def train(data: Dataset, *names: str, checkpoint: StateFile | None = None, **spec: Any) -> Fitted:
+    values: dict[str, Any] = {"epochs": 2, "batch_size": 60, "optimizer": use("sgd", lr=0.05), **spec}
+    augment = [Crop(1), Flip(alternate=True)]
+    return fit(
+        network(),
+        data,
+        TrainSpec(**values),
+        [(name, defense(name)) for name in names],
+        threat=THREAT,
+        seed=0,
+        key="test",
+        device=CPU,
+        on_event=lambda *_: None,
+        augment=augment,
+        checkpoint=checkpoint,
+    )
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_same_seed_gives_the_same_bits(digits: Dataset) -> None:
+    given: dict[str, Any] = {"accumulate": 3, "deterministic": True}
+    first, second = (train(digits, "n_fgsm", "dropout", **given) for _ in range(2))
+    assert same(first.last_state, second.last_state)
+    assert not same(first.last_state, train(digits, "n_fgsm", "dropout", deterministic=True).last_state)
+
+
+def test_blocks_computed_again_change_no_bit(digits: Dataset) -> None:
+    """With dropout, whose masks have to be drawn again, and batch norms, which are to count each batch once."""
+    first = train(digits, "n_fgsm", "dropout", "ema")
+    second = train(digits, "n_fgsm", "dropout", "ema", checkpointing=True)
+    assert same(first.last_state, second.last_state)
+
+
+@pytest.mark.parametrize("name", ["hard_examples", "trimmed_loss", "sam", "free"])
+def test_what_needs_the_whole_batch_is_refused_in_pieces(name: str, digits: Dataset) -> None:
+    with pytest.raises(UsageError, match=r"accumulate.*whole batch"):
+        train(digits, name, accumulate=2)
+
+
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """Bytes of distinct storages that a forward keeps for its backward."""
+    kept: dict[int, int] = {}
+
+    def note(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with saved_tensors_hooks(note, lambda value: value):
+        loss = run()
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18", "wide_resnet", "torchvision.mobilenet_v2"])
+def test_blocks_computed_again_have_equal_gradients_and_keep_less(name: str) -> None:
+    small: dict[str, dict[str, Any]] = {"small_cnn": {"widths": [8, 8, 8]}, "wide_resnet": {"depth": 10, "width": 1}}
+    torch.manual_seed(0)
+    parameters = small.get(name, {})
+    model = build_model(use(name, **parameters), shape=(3, 32, 32), classes=10, mean=[0.5] * 3, std=[0.5] * 3).train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    blocks = blocks_of(model)
+    assert len(blocks) >= 2
+    x = torch.rand(4, 3, 32, 32)
+    found: list[tuple[int, dict[str, Tensor], dict[str, Tensor]]] = []
+    for chosen in ([], blocks):
+        model.load_state_dict(state)
+        model.zero_grad()
+        torch.manual_seed(1)
+        with checkpointed(model, chosen):
+            kept = saved_bytes(lambda: model(x).square().sum())
+            model.load_state_dict(state)
+            torch.manual_seed(1)
+            model(x).square().sum().backward()
+        gradients = {key: one.grad.clone() for key, one in model.named_parameters() if one.grad is not None}
+        found.append((kept, gradients, {key: value.clone() for key, value in model.state_dict().items()}))
+    (plain, gradients, buffers), (less, again, after) = found
+    assert same(gradients, again)
+    assert same(buffers, after)
+    assert less < 0.6 * plain, (less, plain)
+    assert all("forward" not in vars(block) for block in blocks)
+
+
+def test_a_model_without_blocks_is_refused(digits: Dataset) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.linear(x.flatten(1))
+            return logits
+
+    spec = TrainSpec(epochs=1, checkpointing=True)
+    with pytest.raises(UsageError, match="chain of blocks"):
+        fit(Flat(), digits, spec, [], threat=THREAT, seed=0, key="k", device=CPU, on_event=lambda *_: None)
+    with pytest.raises(UsageError, match="compile"):
+        train(digits, checkpointing=True, compile="auto")
+
+
+def settings() -> tuple[bool, bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warns, cudnn.deterministic, cudnn.benchmark
+
+
+def test_deterministic_algorithms_are_for_the_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settings()
+    with deterministic(True, CPU):
+        assert settings() == (True, False, True, False)
+    with deterministic(False, CPU):
+        assert settings() == before
+    # put_ is one of the operations for which torch has no deterministic form.
+    with pytest.raises(TrainingError, match=r"deterministic: true: put_"), deterministic(True, CPU):
+        torch.zeros(4).put_(torch.tensor([1, 1]), torch.ones(2), accumulate=False)
+    assert settings() == before
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    with pytest.raises(UsageError, match=WORKSPACE), deterministic(True, torch.device("cuda")):
+        pass
+
+
+@pytest.mark.parametrize("plugin", [Sgd(0.1, weight_decay=0.01, nesterov=True), Adam(0.01), AdamW(0.01)])
+def test_a_fused_update_is_the_usual_one(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr("robustkit.train.optim.fusible", lambda groups: False)
+        model = plain_network()
+        optimizer = plugin.build([{"params": list(model.parameters())}])
+        assert bool(optimizer.defaults["fused"]) is fused
+        for number in range(3):
+            for one in model.parameters():
+                one.grad = torch.full_like(one, 0.1 * number).add_(one.detach(), alpha=0.5)
+            optimizer.step()
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_on_an_unknown_device_are_not_fused() -> None:
+    assert not Sgd().build([{"params": [nn.Parameter(torch.zeros(2, device="meta"))]}]).defaults["fused"]
+
+
+class Compiled:
+    """Stands for torch.compile: waits so long in each forward, or fails."""
+
+    def __init__(self, seconds: float = 0.0, fails: bool = False) -> None:
+        self.seconds, self.fails, self.count = seconds, fails, 0
+
+    def __call__(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        self.count += 1
+
+        def run(x: Tensor) -> Tensor:
+            if self.fails:
+                raise RuntimeError("no compiler found\nlong trace")
+            time.sleep(self.seconds)
+            logits: Tensor = model.inner(x)  # type: ignore[operator, union-attr, assignment]
+            return logits
+
+        return run
+
+
+class Slow(nn.Module):
+    """Takes at least 30 ms for a forward that is not compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.03)
+        logits: Tensor = self.inner(x)
+        return logits
+
+
+def choice(monkeypatch: pytest.MonkeyPatch, compiled: Compiled, folder: Path | None = None) -> TrainingEngine:
+    monkeypatch.setattr(torch, "compile", compiled)
+    return choose(TrainSpec(compile="auto"), Slow(), torch.rand(4, 1, 8, 8), CPU, folder, 10)
+
+
+def test_auto_takes_what_measures_faster_and_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = choice(monkeypatch, Compiled())
+    assert (quick.name, quick.precision) == ("fp32 compiled", None)
+    assert quick.seconds["fp32"] > 0.03 > quick.seconds["fp32 compiled"]
+    assert "fp32 compiled; a forward and backward measured: fp32 3" in (quick.note() or "")
+    assert not choice(monkeypatch, Compiled(0.06)).compiled
+    assert not choice(monkeypatch, Compiled(0.0295)).compiled, "a clock's noise must not decide"
+    failed = choice(monkeypatch, Compiled(fails=True))
+    assert (failed.compiled, list(failed.seconds)) == (False, ["fp32"])
+    with pytest.raises(TrainingError, match=r"torch.compile fails here: no compiler found; use compile: auto"):
+        choose(TrainSpec(compile=True), Slow(), torch.rand(4, 1, 8, 8), CPU, None, 10)
+
+
+def test_a_repeated_training_stays_with_its_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = choice(monkeypatch, Compiled(), tmp_path)
+    unused = Compiled(0.06)
+    assert choice(monkeypatch, unused, tmp_path) == first
+    assert unused.count == 0
+    (file,) = tmp_path.iterdir()
+    file.write_text('{"bf16": "yes"}')
+    assert not choice(monkeypatch, unused, tmp_path).compiled
+
+
+def test_a_resumed_training_stays_with_its_choice(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[TrainingEngine] = []
+
+    def chosen(*_: Any) -> TrainingEngine:
+        made.append(TrainingEngine(seconds={"fp32": 0.5, "fp32 compiled": 0.6}))
+        return made[-1]
+
+    monkeypatch.setattr("robustkit.train.loop.choose", chosen)
+    file = StateFile(tmp_path / "state", lambda message: None)
+    first = train(digits, epochs=1, checkpoint=file)
+    again = train(digits, epochs=1, checkpoint=file)
+    assert len(made) == 1
+    assert again.notes == first.notes
+    assert first.notes == ["trained in fp32; a forward and backward measured: fp32 500.0 ms, fp32 compiled 600.0 ms"]
+
+
+def test_a_trial_leaves_the_model_and_the_generator_alone() -> None:
+    model = network().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    assert engines._Trial(TrainingEngine(bf16=True), model, torch.rand(4, 1, 8, 8), 10).step() is None
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), wanted)
+    assert same(before, model.state_dict())
+    assert all(one.grad is None for one in model.parameters())
+
+
+def test_a_cpu_has_no_trial_of_precisions() -> None:
+    assert [one.name for one in candidates(TrainSpec(), CPU)] == ["fp32"]
+    assert [one.name for one in candidates(TrainSpec(precision="bf16", compile="auto"), CPU)] == [
+        "bf16",
+        "bf16 compiled",
+    ]
+    assert [one.name for one in candidates(TrainSpec(compile=True), CPU)] == ["fp32 compiled"]
+
+
+def key(**train: Any) -> str:
+    inside = ", ".join(f"{name}: {value}" for name, value in {"epochs": 1, **train}.items())
+    recipe = parse_recipe(f"data: digits\nmodel: small_cnn\ntrain: {{{inside}}}\nvariants: {{a: }}")
+    return make_plan(recipe, "data", lambda kind, one: "source").fit_keys["a", 0]
+
+
+def test_what_a_training_computes_is_in_its_key() -> None:
+    keys = [
+        key(),
+        key(accumulate=4),
+        key(checkpointing="true"),
+        key(deterministic="true"),
+        key(compile="auto"),
+        key(compile="true"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == key(accumulate=1, checkpointing="false", deterministic="false", compile="false")
+    for wrong in ("accumulate=0", "compile=maybe", "checkpointing=3"):
+        name, value = wrong.split("=")
+        with pytest.raises(RecipeError, match=name):
+            key(**{name: value})

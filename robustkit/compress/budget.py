@@ -11,8 +11,7 @@ import safetensors.torch as safetensors
 from torch import nn
 
 from robustkit.compress.base import CompressContext
-from robustkit.compress.channel_criteria import ChannelBnScale, ChannelFpgm, ChannelL1, ChannelRandom, ChannelTaylor
-from robustkit.compress.channels import ChannelL2, ChannelPruning
+from robustkit.compress.channel_criteria import CHANNEL_METHODS
 from robustkit.compress.costs import count_macs, measure_latency
 from robustkit.compress.masks import Masks
 from robustkit.compress.shrink import shrink
@@ -20,14 +19,6 @@ from robustkit.errors import ModelError
 from robustkit.models.widths import widths_of
 from robustkit.params import Bytes, OpenShare, Schedule
 
-METHODS: dict[str, type[ChannelPruning]] = {
-    "channel_l1": ChannelL1,
-    "channel_l2": ChannelL2,
-    "channel_fpgm": ChannelFpgm,
-    "channel_bn_scale": ChannelBnScale,
-    "channel_taylor": ChannelTaylor,
-    "channel_random": ChannelRandom,
-}
 HEADER = 2048
 """Bytes for what a file says of the architecture besides its widths."""
 TRIES = 9
@@ -113,7 +104,7 @@ class Budget:
 
         def masked(share: float) -> Masks:
             context.generator.set_state(state)
-            return METHODS[self.method](share).masks(model, current, share, context)
+            return CHANNEL_METHODS[self.method](share).masks(model, current, share, context)
 
         def tried(share: float) -> float:
             smaller = copy.deepcopy(model)

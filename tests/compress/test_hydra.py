@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext
-from robustkit.compress.hydra import Hydra, Learned
+from robustkit.compress.hydra import MAX_SHARE, Hydra, Learned
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import prunable, sparsity_of
 from robustkit.compress.prune import GlobalL1, LayerL1
@@ -122,7 +122,11 @@ def test_layers_lose_what_magnitude_takes_of_each() -> None:
         model.head.weight.mul_(10)
     train = split_of(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
     kept = {}
-    for method in (GlobalL1(0.9), Hydra(0.9, epochs=1, layers="magnitude"), Hydra(0.9, epochs=1)):
+    for method in (
+        GlobalL1(0.9, max_layer_sparsity=MAX_SHARE),
+        Hydra(0.9, epochs=1, layers="magnitude"),
+        Hydra(0.9, epochs=1),
+    ):
         pruned = copy.deepcopy(model)
         held = keeper(method, train, side=8)
         held.finish(held.compress(pruned))

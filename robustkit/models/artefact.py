@@ -230,7 +230,8 @@ def _fill(model: nn.Module, path: Path) -> None:
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(tensor.shape):
                     raise ModelError(f"{path}: {name} has shape {shape}, the architecture has {tuple(tensor.shape)}")
-            state = {name: file.get_tensor(name) for name in wanted}
+            # Copies: unaligned memory, as in the file, takes other kernels, whose last bits differ.
+            state = {name: file.get_tensor(name).clone() for name in wanted}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: truncated or broken: {error}") from error
     for name, tensor in wanted.items():

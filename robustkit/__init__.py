@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from robustkit.artefacts import export as export
     from robustkit.attacks.threat import Attack as Attack
     from robustkit.attacks.threat import Threat as Threat
+    from robustkit.compress.layer_curves import Sensitivity as Sensitivity
+    from robustkit.compress.sensitivity import layer_sensitivity as layer_sensitivity
     from robustkit.data.split import Dataset as Dataset
     from robustkit.data.split import Split as Split
     from robustkit.errors import RecipeError as RecipeError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from robustkit.registry import register as register
     from robustkit.results import Results as Results
     from robustkit.results import read_results as read_results
+    from robustkit.scan import scan_layers as scan_layers
     from robustkit.train.hooks import Batch as Batch
     from robustkit.train.hooks import Defense as Defense
     from robustkit.train.hooks import Forward as Forward
@@ -41,6 +44,7 @@ _PUBLIC = {
     "RecipeError": "robustkit.errors:RecipeError",
     "Results": "robustkit.results:Results",
     "RobustkitError": "robustkit.errors:RobustkitError",
+    "Sensitivity": "robustkit.compress.layer_curves:Sensitivity",
     "Split": "robustkit.data.split:Split",
     "Step": "robustkit.train.hooks:Step",
     "Threat": "robustkit.attacks.threat:Threat",
@@ -49,6 +53,7 @@ _PUBLIC = {
     "diagnose": "robustkit.evaluation.diagnose:diagnose",
     "evaluate": "robustkit.evaluation.api:evaluate",
     "export": "robustkit.artefacts:export",
+    "layer_sensitivity": "robustkit.compress.sensitivity:layer_sensitivity",
     "load": "robustkit.models.artefact:load_model",
     "load_recipe": "robustkit.recipe.schema:load_recipe",
     "load_weights": "robustkit.models.weights:load_weights",
@@ -56,6 +61,7 @@ _PUBLIC = {
     "read_results": "robustkit.results:read_results",
     "register": "robustkit.registry:register",
     "run": "robustkit.api:run",
+    "scan_layers": "robustkit.scan:scan_layers",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

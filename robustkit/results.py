@@ -101,6 +101,9 @@ class VariantResult(Record):
     seconds: Amount = 0.0
     train_seconds: Amount = 0.0
     pareto: bool = False
+    """Whether it is on the front of `worst` and `gzip_bytes`."""
+    fronts: list[Name] = Field(default_factory=list)
+    """The costs (`bytes`, `gzip_bytes`, `nonzero`, `macs`, `latency`) on whose Pareto front with `worst` it is."""
     arrays: Name | None = None
     """Path, relative to the run folder, of the npz with bool arrays `correct/<attack>`, `correct/clean`,
     `correct/worst` and float arrays `distance/<attack>` of minimum-norm attacks, one entry a test example."""

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "table": ("robustkit.cli.table", "Print chosen metrics of a run as Markdown, LaTeX or CSV."),
     "attack": ("robustkit.cli.attack", "Attack a model file on a data set; print accuracies, flags and a verdict."),
     "export": ("robustkit.cli.export", "Write a variant's model as safetensors, ONNX or pt2, checked on test images."),
+    "sensitivity": ("robustkit.cli.sensitivity", "Show how much pruning each layer of a variant bears."),
     "schema": ("robustkit.cli.schema", "Print the JSON schema of recipes."),
     "env": ("robustkit.cli.env", "Show versions, devices and folders."),
 }

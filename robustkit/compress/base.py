@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from robustkit.compress.masks import Masks
 from robustkit.data.split import Split
 from robustkit.errors import ModelError
 from robustkit.params import Schedule
+from robustkit.results import Flag
 from robustkit.train.hooks import Defense
 
 
@@ -85,6 +87,18 @@ class Counting(Protocol):
 
     def reached(self, model: nn.Module, context: CompressContext) -> float:
         """Return the sparsity that the model has, in [0, 1], as the method counts it."""
+        ...
+
+
+@runtime_checkable
+class Promised(Protocol):
+    """What a pruning method adds that promises a cost: it is measured again on what is shipped."""
+
+    def shipped(self, whole: nn.Module, model: nn.Module, artefact: Path, context: CompressContext) -> Flag | None:
+        """Raise a ModelError where the promise is broken, return a flag where it is in doubt; note what was measured.
+
+        `whole`: the trained model before the finishers; `model`: after them; `artefact`: its file.
+        """
         ...
 
 

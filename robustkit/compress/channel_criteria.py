@@ -8,12 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.compress.base import CompressContext
-from robustkit.compress.channels import (
-    WEIGHTED,
-    ChannelGroup,
-    ChannelPruning,
-    Member,
-)
+from robustkit.compress.channels import WEIGHTED, ChannelGroup, ChannelL2, ChannelPruning, Member
 from robustkit.compress.criteria import taylor_products
 from robustkit.compress.masks import Masks
 from robustkit.compress.scored import batches_of
@@ -149,3 +144,13 @@ class ChannelTaylor(ChannelPruning):
     def score(self, group: ChannelGroup, current: Masks, prepared: dict[str, Tensor]) -> Tensor:
         """Return the squared sums."""
         return channel_taylor_score(group, current, prepared)
+
+
+CHANNEL_METHODS: dict[str, type[ChannelPruning]] = {
+    "channel_l1": ChannelL1,
+    "channel_l2": ChannelL2,
+    "channel_fpgm": ChannelFpgm,
+    "channel_bn_scale": ChannelBnScale,
+    "channel_taylor": ChannelTaylor,
+    "channel_random": ChannelRandom,
+}

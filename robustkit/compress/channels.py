@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from robustkit.compress.base import CompressContext
 from robustkit.compress.masks import Masks
 from robustkit.errors import ModelError
-from robustkit.models.widths import NORMS
+from robustkit.models.widths import NORMS, is_depthwise, width_of
 from robustkit.params import Fraction, PositiveInt, Schedule
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
@@ -112,13 +112,41 @@ def group_score(group: ChannelGroup, current: Masks) -> Tensor:
     return total.sqrt()
 
 
-def dropped_of(sparsity: float, width: int) -> int:
-    """Return how many of a group's channels go: at least one is kept."""
-    return min(round(sparsity * width), width - 1)
+def blocks_of(group: ChannelGroup) -> Tensor:
+    """Return which block (width,) each channel belongs to: a grouped convolution loses equally many of each.
+
+    All are in block 0 without a grouped convolution, and where several of them cut the channels into unequal blocks.
+    """
+    label = torch.zeros(group.width, dtype=torch.int64)
+    for members, outputs in ((group.members, True), (group.readers, False)):
+        for member in members:
+            parts = parts_of(member.module)
+            if parts > 1:
+                width = width_of(member.module)
+                size = (width.outputs if outputs else width.inputs) // parts
+                finer = label.clone()
+                finer[member.channel] = label[member.channel] * parts + member.local // size
+                label = finer.unique(return_inverse=True)[1]
+    sizes = label.bincount()
+    return label if bool((sizes == sizes[0]).all()) else torch.zeros_like(label)
+
+
+def parts_of(module: nn.Module) -> int:
+    """Return the groups of a convolution; 1 for a depthwise one, which loses whole groups, and for other layers."""
+    return module.groups if isinstance(module, nn.Conv2d) and not is_depthwise(module) else 1
+
+
+def dropped_of(sparsity: float, width: int, blocks: int = 1) -> int:
+    """Return how many of a group's channels go: equally many of each block, of which at least one is kept."""
+    size = width // blocks
+    return blocks * min(round(sparsity * size), size - 1)
 
 
 def channel_masks(model: nn.Module, current: Masks, sparsity: float, example: Tensor) -> Masks:
-    """Return masks that drop round(sparsity * width) channels of every group, at least one kept."""
+    """Return masks that drop round(sparsity * width) channels of every group, at least one kept.
+
+    Of a grouped convolution's channels it is so many of each of its groups.
+    """
     return group_masks(channel_groups(model, example), current, sparsity)
 
 
@@ -132,14 +160,21 @@ def group_masks(
     """Return masks that drop the round(sparsity * width) channels of the lowest scores, at least one of each kept."""
     found: dict[str, Tensor] = {}
     for group in groups:
-        drop = dropped_of(sparsity, group.width)
-        score = score_of(group, current)
-        method = prune.LnStructured(amount=drop, n=1, dim=0)
-        keep = method.compute_mask(score[:, None], torch.ones(group.width, 1))[:, 0]
+        keep = _kept(score_of(group, current), blocks_of(group), sparsity)
         for member in group.members:
             for name, mask in _member_masks(member, keep):
                 found[name] = found[name] * mask if name in found else mask
     return current.narrowed(found)
+
+
+def _kept(score: Tensor, block: Tensor, sparsity: float) -> Tensor:
+    """Return ones (width,) for the channels of the highest scores of each block, zeros for the others."""
+    rows = block.argsort(stable=True).view(int(block.amax()) + 1, -1)
+    method = prune.LnStructured(amount=dropped_of(sparsity, rows.shape[1]), n=1, dim=0)
+    keep = torch.ones_like(score)
+    for row in rows:
+        keep[row] = method.compute_mask(score[row][:, None], torch.ones(len(row), 1))[:, 0]
+    return keep
 
 
 def _member_masks(member: Member, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -151,6 +186,10 @@ def _member_masks(member: Member, keep: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield f"{member.name}.weight", rows.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight).clone()
     if isinstance(bias, Tensor):
         yield f"{member.name}.bias", rows.clone()
+
+
+def _asked(group: ChannelGroup, sparsity: float) -> int:
+    return dropped_of(sparsity, group.width, int(blocks_of(group).amax()) + 1)
 
 
 def dead_channels(model: nn.Module, example: Tensor) -> list[tuple[str, int, int]]:
@@ -204,7 +243,7 @@ class ChannelPruning:
         dead = {group.name: dead_of(group) for group in groups}
         for group in groups:
             count = int(dead[group.name].sum())
-            if count > dropped_of(self.sparsity, group.width):
+            if count > _asked(group, self.sparsity):
                 raise ModelError(
                     f"{count} of {group.width} channels of {group.name} are zero already; sparsity is the total, and "
                     f"{self.sparsity:.1%} is less than that"
@@ -226,10 +265,11 @@ class ChannelPruning:
     def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check that each group has as many zero channels as asked for; weights pruned singly may leave more."""
         label = re.sub("(?<=.)(?=[A-Z])", "_", type(self).__name__).lower()
-        for name, dead, width in dead_channels(model, context.example):
-            wanted = dropped_of(self.sparsity, width)
+        for group in channel_groups(model, context.example):
+            dead, wanted = count_dead(group), _asked(group, self.sparsity)
             if dead < wanted:
-                raise ModelError(f"{label}: {dead} of {width} channels of {name} are zero, {wanted} were asked for")
+                what = f"{dead} of {group.width} channels of {group.name} are zero"
+                raise ModelError(f"{label}: {what}, {wanted} were asked for")
 
 
 @dataclass(frozen=True)

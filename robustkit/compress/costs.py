@@ -48,11 +48,16 @@ def measure_costs(model: nn.Module, shape: tuple[int, int, int], artefact: Path)
         parameters=sum(parameter.numel() for parameter in parameters),
         nonzero=sum(int((parameter != 0).sum()) for parameter in parameters),
         bytes=len(raw),
-        gzip_bytes=len(zlib.compress(raw, GZIP_LEVEL)),
+        gzip_bytes=gzip_size(raw),
         macs=count_macs(model, shape),
         sparsity=sum(layer.zeros for layer in layers) / total if total else 0.0,
         layers=layers,
     )
+
+
+def gzip_size(raw: bytes) -> int:
+    """Return the bytes that a file's content takes after gzip."""
+    return len(zlib.compress(raw, GZIP_LEVEL))
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:

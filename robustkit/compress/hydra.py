@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,22 @@ from torch.nn.utils import parametrize
 
 from robustkit.compress.base import CompressContext
 from robustkit.compress.masks import PRUNABLE, Masks
-from robustkit.compress.prune import Scores, check_sparsity, largest_remainder, layer_masks
+from robustkit.compress.prune import (
+    Scores,
+    check_sparsity,
+    counted_masks,
+    equal_counts,
+    global_masks,
+    magnitude_scores,
+)
 from robustkit.data.batches import epoch_order
 from robustkit.errors import ModelError
 from robustkit.params import Fraction, PositiveFloat, PositiveInt, Schedule
 from robustkit.train.hooks import Batch, Defense, Forward, Step
 from robustkit.train.step import total_loss
+
+MAX_SHARE = 0.999
+"""What a layer loses at most where magnitude says how much."""
 
 
 class TopShare(torch.autograd.Function):
@@ -71,9 +81,11 @@ class ScoreTraining:
 
 
 def hydra_scores(
-    model: nn.Module, current: Masks, sparsity: float, context: CompressContext, training: ScoreTraining
+    model: nn.Module, current: Masks, counts: Mapping[str, int], context: CompressContext, training: ScoreTraining
 ) -> Scores:
     """Return learned scores of every prunable weight; the model and its defenses are left alone.
+
+    `counts`: how many weights each layer loses, by the weight's name.
 
     Raises:
         ModelError: there are no training images.
@@ -81,23 +93,22 @@ def hydra_scores(
     if context.train is None or not len(context.train):
         raise ModelError("hydra needs training images; pass `train` to MaskKeeper")
     learner = copy.deepcopy(model).requires_grad_(False)
-    learned = _with_scores(learner, current, sparsity)
+    learned = _with_scores(learner, current, counts)
     scores = [one.scores for one in learned.values()]
     optimizer = torch.optim.SGD(scores, lr=training.lr, momentum=0.9)
     defenses = [(label, copy.deepcopy(defense)) for label, defense in context.defenses]
     with torch.enable_grad():
         _learn(learner, optimizer, defenses, context, training)
-    return {f"{name}.weight": one.importance().detach() for name, one in learned.items()}
+    return {(f"{name}.weight" if name else "weight"): one.importance().detach() for name, one in learned.items()}
 
 
-def _with_scores(learner: nn.Module, current: Masks, sparsity: float) -> dict[str, Learned]:
+def _with_scores(learner: nn.Module, current: Masks, counts: Mapping[str, int]) -> dict[str, Learned]:
     layers = {name: module for name, module in learner.named_modules() if isinstance(module, PRUNABLE)}
-    counts = largest_remainder([sparsity * module.weight.numel() for module in layers.values()])
     learned = {}
-    for (name, module), count in zip(layers.items(), counts, strict=True):
+    for name, module in layers.items():
         weight = module.weight.detach()
-        mask = current.of(f"{name}.weight", weight)
-        learned[name] = Learned(weight, mask, max(1, weight.numel() - count))
+        key = f"{name}.weight" if name else "weight"
+        learned[name] = Learned(weight, current.of(key, weight), max(1, weight.numel() - counts[key]))
         parametrize.register_parametrization(module, "weight", learned[name])
     return learned
 
@@ -154,6 +165,8 @@ class Hydra:
     epochs: PositiveInt = 5
     batch_size: PositiveInt = 128
     lr: PositiveFloat = 0.1
+    layers: Literal["equal", "magnitude"] = "equal"
+    """How much each layer loses: the same share, as published, or what pruning by magnitude over all layers takes."""
 
     @property
     def schedule(self) -> Schedule:
@@ -176,9 +189,21 @@ class Hydra:
         return 1
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
-        """Return masks that drop the same share of every layer, the lowest learned scores."""
+        """Return masks that drop the lowest learned scores of each layer.
+
+        Raises:
+            ModelError: there are no training images, or more is dropped already.
+        """
+        counts = self._counts(model, current, sparsity)
         training = ScoreTraining(self.epochs, self.batch_size, self.lr)
-        return layer_masks(hydra_scores(model, current, sparsity, context, training), current, sparsity)
+        return counted_masks(hydra_scores(model, current, counts, context, training), current, counts)
+
+    def _counts(self, model: nn.Module, current: Masks, sparsity: float) -> dict[str, int]:
+        scores = magnitude_scores(model)
+        if self.layers == "equal":
+            return equal_counts(scores, sparsity)
+        taken = global_masks(scores, current, sparsity, MAX_SHARE).tensors
+        return {name: int((taken[name] == 0).sum()) for name in scores}
 
     def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
-from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, Starter, scheduled_sparsity
+from robustkit.compress.base import (
+    CompressContext,
+    Compressor,
+    Counting,
+    Finisher,
+    Promised,
+    Starter,
+    scheduled_sparsity,
+)
 from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.torch_methods import TorchMethod
 from robustkit.data.split import Split
@@ -77,6 +87,7 @@ class MaskKeeper(Defense):
         self._seed = context_seed
         self._example = example
         self._threat = threat
+        self._whole: nn.Module | None = None
         self._start: list[float] = []
         self._done = [0 for _ in self.compressors]
 
@@ -177,9 +188,30 @@ class MaskKeeper(Defense):
             self._done[number] = method.updates
         self.masks.apply_(model)
         self._check(model)
+        self._whole = model
+        return self._finished(model, self._note)
+
+    def finish_last(self, model: nn.Module) -> nn.Module:
+        """Return the last epoch's weights in the form that `finish` gave the best ones, without notes."""
+        self.masks.apply_(model)
+        return self._finished(model, lambda message: None)
+
+    def _finished(self, model: nn.Module, note: Callable[[str], None]) -> nn.Module:
         for number, finisher in enumerate(self.finishers):
-            model = finisher.finish(model, self._made(model, derive_seed(self._seed, "finish", number)))
+            context = self._made(model, derive_seed(self._seed, "finish", number))
+            model = finisher.finish(model, replace(context, note=note))
         return model
+
+    def shipped(self, model: nn.Module, artefact: Path) -> None:
+        """Measure what methods promised on the finished model and its file.
+
+        Raises:
+            ModelError: it costs more than was promised.
+        """
+        for method in self.compressors:
+            if isinstance(method, Promised) and self._whole is not None:
+                flag = method.shipped(self._whole, model, artefact, self._context(model))
+                self.flags += [flag] if flag is not None else []
 
     def _check(self, model: nn.Module) -> None:
         for method in self.compressors:

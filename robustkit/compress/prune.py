@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ Scores = dict[str, Tensor]
 def magnitude_scores(model: nn.Module) -> Scores:
     """Return |w| of every prunable weight."""
     return {name: weight.detach().abs() for name, weight in prunable(model)}
+
+
+def random_scores(model: nn.Module, generator: torch.Generator) -> Scores:
+    """Return a random score in [0, 1) of every prunable weight."""
+    return {name: _uniform(weight, generator) for name, weight in prunable(model)}
 
 
 def global_masks(scores: Scores, current: Masks, sparsity: float, cap: float = 1.0) -> Masks:
@@ -40,12 +46,26 @@ def global_masks(scores: Scores, current: Masks, sparsity: float, cap: float = 1
 
 def layer_masks(scores: Scores, current: Masks, sparsity: float) -> Masks:
     """Return masks that drop the same share in every layer, round(sparsity * n) weights in all."""
+    return counted_masks(scores, current, equal_counts(scores, sparsity))
+
+
+def equal_counts(scores: Scores, sparsity: float) -> dict[str, int]:
+    """Return how many weights each layer loses of the same share in all, round(sparsity * n) together."""
     counts = largest_remainder([sparsity * score.numel() for score in scores.values()])
+    return dict(zip(scores, counts, strict=True))
+
+
+def counted_masks(scores: Scores, current: Masks, counts: Mapping[str, int]) -> Masks:
+    """Return masks that drop so many weights of each layer, those of the lowest scores.
+
+    Raises:
+        ModelError: a layer has more zeros already.
+    """
     found = {}
-    for (name, score), count in zip(scores.items(), counts, strict=True):
+    for name, score in scores.items():
         live = _live(name, score, current, 1.0)
-        _check_room(live.flatten(), count, 1.0, name)
-        found[name] = _lowest(live.flatten(), count).view_as(score)
+        _check_room(live.flatten(), counts[name], 1.0, name)
+        found[name] = _lowest(live.flatten(), counts[name]).view_as(score)
     return current.narrowed(found)
 
 
@@ -165,8 +185,7 @@ class RandomWeights:
 
     def masks(self, model: nn.Module, current: Masks, sparsity: float, context: CompressContext) -> Masks:
         """Return masks of this total sparsity by chance."""
-        scores = {name: _uniform(weight, context.generator) for name, weight in prunable(model)}
-        return global_masks(scores, current, sparsity, self.max_layer_sparsity)
+        return global_masks(random_scores(model, context.generator), current, sparsity, self.max_layer_sparsity)
 
     def check(self, model: nn.Module, context: CompressContext) -> None:
         """Check the sparsity reached."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.compress.base import CompressContext
-from robustkit.compress.channels import ChannelGroup, Member, channel_groups, dead_of
+from robustkit.compress.channels import ChannelGroup, Member, channel_groups, dead_of, parts_of
 from robustkit.errors import ModelError
-from robustkit.models.widths import Width, is_depthwise, narrow, note_widths, width_of
+from robustkit.models.widths import Width, narrow, note_widths, width_of
 
 TOLERANCE = 1e-4
 """How far logits of the shrunk model may be from those of the masked one, for logits up to 1 (else relative)."""
@@ -57,8 +57,8 @@ def removable(group: ChannelGroup, dead: Tensor) -> Tensor:
     gone = dead.clone()
     if bool(gone.all()):
         gone[0] = False
-    grouped = [(one, width_of(one.module).outputs) for one in group.members if _groups(one.module) > 1]
-    grouped += [(one, width_of(one.module).inputs) for one in group.readers if _groups(one.module) > 1]
+    grouped = [(one, width_of(one.module).outputs) for one in group.members if parts_of(one.module) > 1]
+    grouped += [(one, width_of(one.module).inputs) for one in group.readers if parts_of(one.module) > 1]
     for _ in grouped:
         for member, size in grouped:
             gone = _evened(member, size, gone)
@@ -69,7 +69,7 @@ def _evened(member: Member, size: int, gone: Tensor) -> Tensor:
     """Return as many of each convolution group's channels as every one of its groups can lose."""
     local = torch.zeros(size, dtype=torch.int64)
     local[member.local] = gone[member.channel].long()
-    rows = local.view(_groups(member.module), -1)
+    rows = local.view(parts_of(member.module), -1)
     fewest = rows.sum(1).amin()
     rows = rows * (rows.cumsum(1) <= fewest)
     evened = gone.clone()
@@ -77,14 +77,10 @@ def _evened(member: Member, size: int, gone: Tensor) -> Tensor:
     return evened
 
 
-def _groups(module: nn.Module) -> int:
-    return module.groups if isinstance(module, nn.Conv2d) and not is_depthwise(module) else 1
-
-
 def _reason(group: ChannelGroup) -> str:
     if group.others:
         return f"{', '.join(group.others)} cannot be narrowed"
-    if any(_groups(one.module) > 1 for one in (*group.members, *group.readers)):
+    if any(parts_of(one.module) > 1 for one in (*group.members, *group.readers)):
         return "a grouped convolution must lose equally many channels of each of its groups"
     return "a layer keeps one channel"
 

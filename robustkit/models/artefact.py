@@ -224,7 +224,8 @@ def _fill(model: nn.Module, path: Path, names: frozenset[str], prefix: str) -> N
                 shape = tuple(file.get_slice(prefix + name).get_shape())
                 if shape != tuple(tensor.shape):
                     raise ModelError(f"{path}: {name} has shape {shape}, the architecture has {tuple(tensor.shape)}")
-            state = {name: file.get_tensor(prefix + name) for name in wanted}
+            # Copies: unaligned memory, as in the file, takes other kernels, whose last bits differ.
+            state = {name: file.get_tensor(prefix + name).clone() for name in wanted}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: truncated or broken: {error}") from error
     for name, tensor in wanted.items():

@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
+from robustkit.report.drawing import STYLE, colours, legend, new_figure, quiet_fonts, short, to_svg
+from robustkit.report.fronts import size
 from robustkit.report.tables import attack_labels, display_name, tree_order
 from robustkit.results import Curve, Results, VariantResult
-
-PALETTE = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#7f3c8d",
-    "#8c564b",
-    "#4b6a9b",
-    "#a5673f",
-    "#2f6f4f",
-    "#555555",
-)
-"""Okabe and Ito's colour-blind-safe colours first."""
-MARKERS = "os^Dv<>ph*X"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "robustkit",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "figure.facecolor": "white",
-}
-SIZES: dict[str, Callable[[VariantResult], float | None]] = {
-    "non-zero parameters": lambda row: float(row.nonzero),
-    "gzipped bytes": lambda row: float(row.gzip_bytes),
-    "latency, batch 1 (ms)": lambda row: row.latency_ms.get("batch_1"),
-}
 
 
 def figures(results: Results) -> dict[str, str]:
@@ -61,8 +27,7 @@ def figures(results: Results) -> dict[str, str]:
         "classes": class_map,
         "training": training,
     }
-    # The SVG writer logs a line for each font it does not find; the font is the reader's anyway.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    quiet_fonts()
     found = {}
     with matplotlib.rc_context(STYLE):
         for name, make in makers.items():
@@ -72,55 +37,11 @@ def figures(results: Results) -> dict[str, str]:
     return found
 
 
-def to_svg(figure: Figure) -> str:
-    """Return a figure as SVG text without a date, so that equal results give equal files."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def colours(results: Results) -> dict[str, tuple[str, str]]:
-    """Return colour and marker of each variant."""
-    names = list(dict.fromkeys(row.name for row in results.variants))
-    return {
-        name: (PALETTE[number % len(PALETTE)], MARKERS[(number // len(PALETTE)) % len(MARKERS)])
-        for number, name in enumerate(names)
-    }
-
-
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)
-    return figure, list(axes[0])
-
-
-def _legend(axes: Axes, count: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    if unique:
-        axes.legend(
-            unique.values(),
-            [_short(label) for label in unique],
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
-            frameon=False,
-            fontsize=8,
-            ncols=1 if count <= 14 else 2,
-        )
-
-
-def _short(name: str, limit: int = 34) -> str:
-    # A leading underscore hides a label, a dollar starts mathematics.
-    text = name if len(name) <= limit else f"{name[: limit - 1]}…"
-    return text.replace("$", r"\$").lstrip("_") or " "
-
-
 def tradeoff(results: Results) -> Figure | None:
     """Worst-case against clean accuracy, with intervals, and an arrow from each parent to its child."""
     if not any(row.attacks for row in results.variants):
         return None
-    figure, (axes,) = _figure(8.6, 4.4)
+    figure, (axes,) = new_figure(8.6, 4.4)
     looks = colours(results)
     rows = {(row.name, row.seed): row for row in results.variants}
     for row in results.variants:
@@ -138,7 +59,7 @@ def tradeoff(results: Results) -> Figure | None:
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("worst case over attacks (%)")
     axes.set_ylim(bottom=min(-2.0, axes.get_ylim()[0]))
-    _legend(axes, len(looks))
+    legend(axes, len(looks))
     return figure
 
 
@@ -149,7 +70,7 @@ def security_curves(results: Results) -> Figure | None:
     """
     if not any(row.curves or row.distances for row in results.variants):
         return None
-    figure, (axes,) = _figure(8.6, 4.2)
+    figure, (axes,) = new_figure(8.6, 4.2)
     looks = colours(results)
     for row in results.variants:
         for curve in row.curves:
@@ -165,7 +86,7 @@ def security_curves(results: Results) -> Figure | None:
     unit = "changed values" if results.threat.get("norm") == "l0" else "of the range [0, 1]"
     axes.set_xlabel(f"eps ({results.threat.get('norm', '')}, {unit})")
     axes.set_ylabel("accuracy (%)")
-    _legend(axes, len(looks))
+    legend(axes, len(looks))
     return figure
 
 
@@ -180,44 +101,6 @@ def _curve(axes: Axes, row: VariantResult, curve: Curve, colour: str) -> None:
         return
     axes.plot(x, values, color=colour, lw=1.8, marker="o", ms=3, label=row.name)
     axes.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-
-
-def size(results: Results) -> Figure | None:
-    """Worst-case accuracy against non-zero parameters, gzipped bytes and latency; the front is ringed."""
-    panels = {name: get for name, get in SIZES.items() if any(get(row) is not None for row in results.variants)}
-    if not panels or not any(row.attacks for row in results.variants):
-        return None
-    figure, axes = _figure(3.3 * len(panels) + 2.0, 3.6, len(panels))
-    looks = colours(results)
-    for place, (name, get) in zip(axes, panels.items(), strict=True):
-        for row in results.variants:
-            value = get(row)
-            if value is None:
-                continue
-            colour, marker = looks[row.name]
-            place.plot(value, 100 * row.worst.value, marker, color=colour, ms=6, label=row.name)
-            if row.pareto and name == "gzipped bytes":
-                place.plot(value, 100 * row.worst.value, "o", mfc="none", mec="black", ms=11, mew=1)
-        place.set_xlabel(name)
-        _size_scale(place, [value for row in results.variants if (value := get(row))])
-    axes[0].set_ylabel("worst case (%)")
-    _legend(axes[-1], len(looks))
-    return figure
-
-
-def _size_scale(axes: Axes, values: list[float]) -> None:
-    """A log scale over a decade or more, else a linear one from zero, where equal sizes and speeds look equal."""
-    if values and max(values) >= 10 * min(values):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlim(0, 1.08 * max(values, default=1))
-    if values and max(values) >= 1000:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    else:
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def attack_map(results: Results) -> Figure | None:
@@ -244,11 +127,11 @@ def class_map(results: Results) -> Figure | None:
 def _heat_map(values: Sequence[Sequence[float]], columns: Sequence[str], rows: Sequence[str]) -> Figure:
     """A table in colours; the lowest value of each row is outlined."""
     width = min(12.0, 3.2 + 0.62 * len(columns))
-    figure, (axes,) = _figure(max(5.0, width), 1.1 + 0.3 * len(rows))
+    figure, (axes,) = new_figure(max(5.0, width), 1.1 + 0.3 * len(rows))
     table = np.ma.masked_invalid(np.array(values, dtype=float))
     axes.imshow(table, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(len(columns)), [_short(name, 16) for name in columns], rotation=35, ha="left")
-    axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+    axes.set_xticks(range(len(columns)), [short(name, 16) for name in columns], rotation=35, ha="left")
+    axes.set_yticks(range(len(rows)), [short(name) for name in rows])
     axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
     axes.grid(visible=False)
     for (row, column), value in np.ndenumerate(np.array(values, dtype=float)):
@@ -268,7 +151,7 @@ def training(results: Results) -> Figure | None:
     if not rows:
         return None
     robust = any(epoch.robust is not None for row in rows for epoch in row.epochs)
-    figure, axes = _figure(10.6, 3.4, 3 if robust else 2)
+    figure, axes = new_figure(10.6, 3.4, 3 if robust else 2)
     looks = colours(results)
     for row in rows:
         colour = looks[row.name][0]
@@ -290,7 +173,7 @@ def training(results: Results) -> Figure | None:
     if robust:
         for row in rows:
             last.plot([], [], color=looks[row.name][0], label=row.name)
-    _legend(last, len(looks))
+    legend(last, len(looks))
     return figure
 
 

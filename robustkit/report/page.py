@@ -11,7 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from robustkit.report.fronts import FRONT_HEAD, FRONT_NOTE, front_rows
 from robustkit.report.gallery import Picture
+from robustkit.report.pareto import COSTS
 from robustkit.report.poisoning import FILTER_HEAD, FILTER_NOTE, TOLERANCE_NOTE, filter_rows, tolerance_table
 from robustkit.report.tables import (
     CERTIFIED_HEAD,
@@ -47,7 +49,7 @@ CAPTIONS = {
     "tradeoff": "Worst case against clean accuracy, with 95 % intervals; arrows lead from a parent to its child.",
     "curves": "Security curves: accuracy under PGD as eps grows, with 95 % bands; dashed: random noise of that size; "
     "dash-dotted steps: the whole curve of a minimum-norm attack, from its distances.",
-    "size": "Worst case against size and speed; ringed: the Pareto front of worst case and gzipped bytes.",
+    "size": "Worst case against size and speed; ringed and joined, seed by seed: the Pareto front of each cost.",
     "attacks": "Accuracy (%) under each attack; outlined: the strongest attack of each row.",
     "classes": "Worst-case accuracy (%) of each class; outlined: the worst class of each row.",
     "training": "Training: loss, clean and attacked accuracy on the validation split.",
@@ -88,6 +90,7 @@ def context(
         "failures": [(failed_name(one, results), one.message) for one in results.failures],
         "flags": [(row, flag) for row in rows for flag in row.flags],
         "notes": [(row, note) for row in rows for note in row.notes],
+        "fronts": front_rows(results),
         "distances": distance_rows(results),
         "certified": certified_rows(results),
         "corruptions": corruption_rows(results),
@@ -149,11 +152,12 @@ def _environment() -> Environment:
         "paired": paired_text,
         "gate": gate_text,
         "eps": eps_text,
+        "front": lambda cost: COSTS.get(cost, cost),
     }
     environment.globals |= {"latency": latency_text, "display": display_name, "within_noise": within_noise}
     environment.globals |= {"beside": beside, "beside_head": beside_head}
     environment.globals |= {"certified_head": CERTIFIED_HEAD, "certified_note": CERTIFIED_NOTE}
-    environment.globals |= {"corruptions_note": CORRUPTIONS_NOTE}
+    environment.globals |= {"corruptions_note": CORRUPTIONS_NOTE, "front_head": FRONT_HEAD, "front_note": FRONT_NOTE}
     environment.globals |= {"filter_head": FILTER_HEAD, "filter_note": FILTER_NOTE}
     environment.globals |= {"tolerance_note": TOLERANCE_NOTE}
     return environment
@@ -191,6 +195,8 @@ def to_markdown(values: Mapping[str, Any]) -> str:
         ]
         head = ["variant", "seeds", "clean", "sd", "worst", "sd"]
         parts += ["## Over seeds", "", plain_rows(head, cells), ""]
+    if values["fronts"]:
+        parts += ["## Pareto fronts", "", FRONT_NOTE, "", plain_rows(FRONT_HEAD, values["fronts"]), ""]
     if values["distances"]:
         cells = [list(row) for row in values["distances"]]
         parts += ["## Minimal distances", "", plain_rows(DISTANCE_HEAD, cells), ""]

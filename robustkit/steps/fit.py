@@ -49,6 +49,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
     model = without_hooks(arrived).to(bench.device)
     record: dict[str, Any] = {"variant": step.variant, "seed": step.seed}
     files: tuple[str, ...] = (MODEL,)
+    last: nn.Module | None = None
     if variant.train:
         kept = kept_epochs(bench.recipe, variant)
         epochs = EpochKeeper(kept)
@@ -80,16 +81,20 @@ def fit_step(bench: Workbench, step: Step) -> None:
         }
         last = without_hooks(_start(bench, variant, step, data))
         last.load_state_dict(fitted.last_state)
-        _save(bench, last, variant, data, step, LAST)
         files = (MODEL, LAST, *_keep_early(bench, step, epochs, kept))
     elif keeper is not None:
         model = keeper.compress(model)
     if keeper is not None:
         model = keeper.finish(model)
-        if keeper.flags:
-            record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
-        record["notes"] = [*record.get("notes", []), *keeper.notes]
+        last = keeper.finish_last(last) if last is not None else None
+    if last is not None:
+        _save(bench, last, variant, data, step, LAST)
     _save(bench, model, variant, data, step, MODEL)
+    if keeper is not None:
+        keeper.shipped(model, bench.store.step(step.key) / MODEL)
+        if keeper.flags:
+            record["flags"] = [*record.get("flags", []), *(flag.model_dump() for flag in keeper.flags)]
+        record["notes"] = [*record.get("notes", []), *keeper.notes]
     bench.store.finish(step.key, record, files)
 
 

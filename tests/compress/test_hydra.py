@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext
-from robustkit.compress.hydra import Hydra, Learned
+from robustkit.compress.hydra import MAX_SHARE, Hydra, Learned
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import prunable, sparsity_of
-from robustkit.compress.prune import LayerL1
+from robustkit.compress.prune import GlobalL1, LayerL1
 from robustkit.data.split import Split, split_of
 from robustkit.errors import ModelError
 from robustkit.models.small_cnn import SmallCnn
@@ -113,3 +113,25 @@ def test_hydra_reaches_its_sparsity_and_needs_images() -> None:
     context = CompressContext(torch.zeros(2, 1, 8, 8), torch.Generator(), THREAT)
     with pytest.raises(ModelError, match="hydra needs training images"):
         Hydra(0.9).masks(model, held.masks, 0.9, context)
+
+
+def test_layers_lose_what_magnitude_takes_of_each() -> None:
+    torch.manual_seed(0)
+    model = SmallCnn((1, 8, 8), 10, [8, 16])
+    with torch.no_grad():
+        model.head.weight.mul_(10)
+    train = split_of(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
+    kept = {}
+    for method in (
+        GlobalL1(0.9, max_layer_sparsity=MAX_SHARE),
+        Hydra(0.9, epochs=1, layers="magnitude"),
+        Hydra(0.9, epochs=1),
+    ):
+        pruned = copy.deepcopy(model)
+        held = keeper(method, train, side=8)
+        held.finish(held.compress(pruned))
+        assert sparsity_of(pruned) == pytest.approx(0.9, abs=1e-3)
+        kept[str(method)] = [int((weight != 0).sum()) for _, weight in prunable(pruned)]
+    magnitude, learned, equal = kept.values()
+    assert learned == magnitude
+    assert magnitude[-1] > 100 > equal[-1], "the head's weights are ten times as large"

@@ -31,6 +31,8 @@ from robustkit.workbench import Workbench, threat_of
 
 LAST = "last.safetensors"
 EARLY = "epoch-{}.safetensors"
+FLOAT = "float.safetensors"
+"""The model that a quantized one was made of."""
 
 
 def fit_step(bench: Workbench, step: Step) -> None:
@@ -83,6 +85,10 @@ def fit_step(bench: Workbench, step: Step) -> None:
         model = keeper.finish(model)
         if keeper.flags:
             record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
+        if keeper.quantizers:
+            _save(bench, model, variant, data, step, FLOAT)
+            files = (*files, FLOAT)
+            model = keeper.quantize(model)
         record["notes"] = [*record.get("notes", []), *keeper.notes]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)

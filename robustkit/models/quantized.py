@@ -117,3 +117,8 @@ def _replace_weight(graph: fx.Graph, node: fx.Node, root: nn.Module) -> None:
         weight = graph.get_attr(name)
     node.replace_all_uses_with(weight)
     graph.erase_node(node)
+
+
+def made_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return how a model was quantized, as plain values; None for one that is not."""
+    return model.made.model_dump() if isinstance(model, Quantized) else None

@@ -18,6 +18,7 @@ from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.models.grow import grow
+from robustkit.models.quantized import made_of
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
 from robustkit.recipe.spec import VariantSpec
@@ -89,6 +90,7 @@ def fit_step(bench: Workbench, step: Step) -> None:
             _save(bench, model, variant, data, step, FLOAT)
             files = (*files, FLOAT)
             model = keeper.quantize(model)
+            record["quantization"] = made_of(model)
         record["notes"] = [*record.get("notes", []), *keeper.notes]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)

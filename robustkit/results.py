@@ -12,7 +12,7 @@ from robustkit.records.costs import Latency, LayerSparsity
 from robustkit.records.fields import Amount, Count, Name, Record, Share, Text, one_line, printable
 from robustkit.records.gates import GateResult, GateVerdict, StepFailure
 from robustkit.records.poisoning import Filtered, Poisoning, Tolerance
-from robustkit.records.robustness import Adaptive, Audit, CertifiedRate, Curve, Distances
+from robustkit.records.robustness import Adaptive, Audit, CertifiedRate, Curve, Distances, QuantizedRates
 from robustkit.records.training import EpochRow
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "LayerSparsity",
     "Paired",
     "Poisoning",
+    "QuantizedRates",
     "Rate",
     "Results",
     "Severity",
@@ -75,6 +76,8 @@ class VariantResult(Record):
     """With `evaluate.audit`: AutoAttack-standard on a random subset of what every attack left."""
     adaptive: Adaptive | None = None
     """Of a variant with inference wrappers; `worst` counts both ways."""
+    quantized: QuantizedRates | None = None
+    """Of a quantized variant (`int8`)."""
     versus_parent: Paired | None = None
     """Worst-case accuracy against the parent's, paired."""
     per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)

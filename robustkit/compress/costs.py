@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustkit.compress.masks import prunable
+from robustkit.models.quantized import Quantized
 from robustkit.results import Latency, LayerSparsity
 
 GZIP_LEVEL = 6
@@ -40,7 +41,7 @@ def measure_costs(model: nn.Module, shape: tuple[int, int, int], artefact: Path)
     raw = artefact.read_bytes()
     layers = [
         LayerSparsity(name=name, size=weight.numel(), zeros=int((weight == 0).sum()))
-        for name, weight in prunable(model)
+        for name, weight in (model.weights().items() if isinstance(model, Quantized) else prunable(model))
     ]
     total = sum(layer.size for layer in layers)
     parameters = list(model.parameters())

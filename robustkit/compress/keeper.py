@@ -18,6 +18,7 @@ from robustkit.compress.base import (
     Counting,
     Finisher,
     Promised,
+    Quantizer,
     Starter,
     scheduled_sparsity,
 )
@@ -57,7 +58,8 @@ class MaskKeeper(Defense):
     the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held. `train`:
     training images for methods that look at them; `early`: weights after an epoch, for methods that go back to them;
     `defenses`: the variant's, for methods that learn with its loss.
-    Starters (rewind) run before the training, finishers (shrink) in `finish`, after it.
+    Starters (rewind) run before the training, finishers (shrink) in `finish`, after it, and quantizers in `quantize`,
+    last.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class MaskKeeper(Defense):
     ) -> None:
         self.starters = [made for made in compressors if isinstance(made, Starter)]
         self.finishers = [made for made in compressors if isinstance(made, Finisher)]
-        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, Starter | Finisher)]
+        self.quantizers = [made for made in compressors if isinstance(made, Quantizer)]
+        others = Starter | Finisher | Quantizer
+        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, others)]
         self.masks = Masks()
         self.flags: list[Flag] = []
         self.notes: list[str] = []
@@ -212,6 +216,18 @@ class MaskKeeper(Defense):
             if isinstance(method, Promised) and self._whole is not None:
                 flag = method.shipped(self._whole, model, artefact, self._context(model))
                 self.flags += [flag] if flag is not None else []
+
+    def trainings(self, model: nn.Module) -> list[tuple[str, Defense]]:
+        """Return what a model's quantization asks of its training, with labels."""
+        made = self._made(model, derive_seed(self._seed, "training", 0))
+        found = [(f"quantized#{number}", one.training(made)) for number, one in enumerate(self.quantizers)]
+        return [(label, defense) for label, defense in found if defense is not None]
+
+    def quantize(self, model: nn.Module) -> nn.Module:
+        """Return the quantized model of a finished one; the model itself where nothing quantizes it."""
+        for number, quantizer in enumerate(self.quantizers):
+            model = quantizer.quantize(model, self._made(model, derive_seed(self._seed, "quantize", number)))
+        return model
 
     def _check(self, model: nn.Module) -> None:
         for method in self.compressors:

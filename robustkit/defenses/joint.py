@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustkit.defenses.sampled import mean_answer
 from robustkit.errors import ModelError, UsageError
-from robustkit.models.wrapped import Wrapped
+from robustkit.models.wrapped import has_view, view_of
 from robustkit.params import Labels
 from robustkit.train.hooks import Defense
 
@@ -81,6 +81,6 @@ class Ensemble(Defense):
         """Return the mean answer of the members' own views; what was given where no member has one."""
         if not isinstance(wrapped, Joint):
             raise UsageError(f"attack_view takes what wrap returned, not a {type(wrapped).__name__}")
-        if not any(isinstance(one, Wrapped) for one in wrapped.members):
+        if not any(has_view(one) for one in wrapped.members):
             return wrapped
-        return Joint([one.view() if isinstance(one, Wrapped) else one for one in wrapped.members])
+        return Joint([view_of(one) if has_view(one) else one for one in wrapped.members])

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from robustkit.errors import ModelError
 from robustkit.models.build import Shape
+from robustkit.models.quantized_file import QuantizedFile
 from robustkit.models.widths import Width
 
 FORMAT = "robustkit/1"
@@ -45,6 +46,8 @@ class Architecture(BaseModel):
     """Layers that are narrower than the model's own, by name: those of a shrunk model."""
     wrappers: tuple[Wrapper, ...] = ()
     """From the inside out."""
+    quantized: QuantizedFile | None = None
+    """Of a quantized model: its graph, which does not follow from the architecture alone."""
 
 
 def is_model_file(path: Path) -> bool:

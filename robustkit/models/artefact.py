@@ -18,6 +18,8 @@ from robustkit.models.architecture import FORMAT, Architecture, Wrapper, read_ar
 from robustkit.models.build import build_inner
 from robustkit.models.meta import at_most, without_memory
 from robustkit.models.normalized import Normalized
+from robustkit.models.quantized import Quantized
+from robustkit.models.quantized_file import QuantizedFile, load_quantized
 from robustkit.models.vote import Vote
 from robustkit.models.widths import apply_widths, widths_of
 from robustkit.models.wrapped import Wrapped
@@ -42,12 +44,13 @@ def save_model(
     wrappers: Sequence[Use] = (),
     members: Members | None = None,
 ) -> None:
-    """Write a plain model that was made by `build_model`, shrunk or not, or a vote of such; atomically.
+    """Write a plain model that was made by `build_model`, shrunk, quantized or not, or a vote of such; atomically.
 
     `wrappers`: the defenses that wrap it for inference; `members`: the files of models that answer beside it, which
     are written into this one.
     """
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    held = model.tensors() if isinstance(model, Quantized) else model.state_dict()
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in held.items()}
     described = []
     for number, one in enumerate(wrappers):
         beside = []
@@ -64,8 +67,10 @@ def save_model(
         members=len(model.members) if isinstance(model, Vote) else 0,
         widths=widths_of(model),
         wrappers=tuple(described),
+        quantized=QuantizedFile(made=model.made, program=model.program) if isinstance(model, Quantized) else None,
     )
-    write_atomic(path, save(tensors, metadata={"robustkit": architecture.model_dump_json()}))
+    told = architecture.model_dump_json(exclude={"quantized"} if architecture.quantized is None else None)
+    write_atomic(path, save(tensors, metadata={"robustkit": told}))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -138,6 +143,22 @@ def _prefixes(described: Architecture, prefix: str = "") -> Iterator[str]:
 
 def _made(source: _Source, described: Architecture, prefix: str = "", *, wrapped: bool = True) -> nn.Module:
     """Return the model whose tensors stand under a prefix."""
+    own = source.own(prefix)
+    wrappers = [
+        _wrapper(source, described, number, prefix) for number in range(len(described.wrappers) if wrapped else 0)
+    ]
+    if described.quantized is not None:
+        # Its graph is in the file, so that no code of its architecture is run.
+        model: nn.Module = load_quantized(
+            source.path, described.quantized, described.shape, len(described.classes), own, prefix
+        )
+    else:
+        model = _floating(source, described, own, prefix)
+    return Wrapped(model, wrappers).eval() if wrappers else model.eval()
+
+
+def _floating(source: _Source, described: Architecture, own: frozenset[str], prefix: str) -> nn.Module:
+    """Return the plain model of an architecture with its tensors, which stand under a prefix."""
     use = Use(name=described.model, parameters=described.parameters, label=described.model)
     try:
         entry = registry.find("model", use.name, folder=source.folder, plugins=source.plugins)
@@ -147,13 +168,9 @@ def _made(source: _Source, described: Architecture, prefix: str = "", *, wrapped
     if mistakes:
         raise ModelError(f"{source.path}: {mistakes[0][1]}")
     source.allow(entry, use.name)
-    own = source.own(prefix)
     model = _skeleton(source, use, described, len(own), on_meta=not registry.runs_user_code(entry))
-    wrappers = [
-        _wrapper(source, described, number, prefix) for number in range(len(described.wrappers) if wrapped else 0)
-    ]
     _fill(model, source.path, own, prefix)
-    return Wrapped(model, wrappers).eval() if wrappers else model.eval()
+    return model
 
 
 def _wrapper(source: _Source, described: Architecture, number: int, prefix: str) -> Defense:

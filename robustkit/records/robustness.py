@@ -95,3 +95,34 @@ class Adaptive(Record):
             f"inference wrapper: {self.naive.value:.1%} withstand attacks on it as deployed, {self.adaptive.value:.1%} "
             f"adaptive ones (BPDA, EOT); {min(1.0, survives):.0%} of its robustness survives"
         )
+
+
+class QuantizedRates(Record):
+    """A quantized variant: what it was made with, and accuracy under each way to attack it; `worst` counts all."""
+
+    bits: Count
+    trained: bool = False
+    """Whether it was trained with fake quantization."""
+    calibration_images: Count
+    calibration_sha256: Name
+    """Of the training images that gave the ranges of activations, as uint8 (N, C, H, W)."""
+    surrogate: Rate
+    """Under the recipe's attacks, on the surrogate with straight-through gradients."""
+    transfer: Rate
+    """Under images that fooled the float models."""
+    union: Rate
+    """Under both, and under Square on the quantized model itself."""
+    queries: Count
+    """Of Square, an example."""
+    sets: Count
+    """How many sets of images of float models were tried."""
+    disagreeing: Count
+    """Clean test images that the surrogate classifies otherwise."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bits} bits: {self.surrogate.value:.1%} withstand attacks on the straight-through surrogate, "
+            f"{self.transfer.value:.1%} images of the float models, {self.union.value:.1%} both and Square "
+            f"({self.queries} queries) on the quantized model; ranges from {self.calibration_images} training images, "
+            f"sha256 {self.calibration_sha256[:16]}"
+        )

@@ -19,6 +19,7 @@ from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.models.grow import grow
+from robustkit.models.quantized import made_of
 from robustkit.models.whitening import whiten_
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
@@ -35,6 +36,8 @@ LAST = "last.safetensors"
 MEASURED = 512
 """Training images that the batch norms of a grown model are measured on."""
 EARLY = "epoch-{}.safetensors"
+FLOAT = "float.safetensors"
+"""The model that a quantized one was made of."""
 
 
 def fit_step(bench: Workbench, step: Step) -> None:
@@ -54,6 +57,8 @@ def fit_step(bench: Workbench, step: Step) -> None:
         kept = kept_epochs(bench.recipe, variant)
         epochs = EpochKeeper(kept)
         defenses = [*_defenses(bench, variant, keeper), *([("epochs", epochs)] if kept else [])]
+        # The last to be put in and the first to be taken out: what is rounded is what the others make of a layer.
+        defenses += keeper.trainings(model) if keeper is not None else []
         teach(bench, step, defenses)
         fitted = fit(
             model,
@@ -87,6 +92,11 @@ def fit_step(bench: Workbench, step: Step) -> None:
     if keeper is not None:
         model = keeper.finish(model)
         last = keeper.finish_last(last) if last is not None else None
+        if keeper.quantizers:
+            _save(bench, model, variant, data, step, FLOAT)
+            files = (*files, FLOAT)
+            model = keeper.quantize(model)
+            record["quantization"] = made_of(model)
     if last is not None:
         _save(bench, last, variant, data, step, LAST)
     _save(bench, model, variant, data, step, MODEL)

@@ -12,6 +12,7 @@ from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
 from robustkit.evaluation.ways import adaptive_notes, adaptive_of
+from robustkit.honest import cost_notes
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.per_example import write_arrays, write_gallery
 from robustkit.poisoning import poisoning_of, tolerance_of
@@ -20,6 +21,7 @@ from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
 from robustkit.results import Audit, Corruptions, Curve, Flag, Paired, Results, VariantResult
+from robustkit.speed import compared
 from robustkit.store import MODEL, Store
 
 Identity = tuple[str, int]
@@ -39,8 +41,9 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
             if found is not None:
                 evaluated[variant.label, seed] = found
                 classes = classes or list(found.records["measure"].get("classes", []))
-    latency = _latency(plan, store, failed)
-    rows = [_row(plan, store, one, evaluated, latency, classes, failed) for one in evaluated.values()]
+    timed = _timed(plan, store, failed)
+    rows = [_row(plan, store, one, evaluated, timed, classes, failed) for one in evaluated.values()]
+    rows = _with_costs(plan, rows)
     results = Results(
         name=recipe.name,
         threat=_threat(recipe),
@@ -91,13 +94,25 @@ def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
     return correct
 
 
-def _latency(plan: Plan, store: Store, failed: Container[str]) -> dict[str, dict[str, Any]]:
-    for step in plan.steps:
-        if step.kind == "latency":
-            record = store.record(latency_key(step, failed)) or {}
-            found: dict[str, dict[str, Any]] = record.get("latency", {})
-            return found
-    return {}
+def _timed(plan: Plan, store: Store, failed: Container[str]) -> dict[str, Any]:
+    step = next((one for one in plan.steps if one.kind == "latency"), None)
+    return (store.record(latency_key(step, failed)) if step else None) or {}
+
+
+def _with_costs(plan: Plan, rows: Sequence[VariantResult]) -> list[VariantResult]:
+    """Return the rows with their timings compared, and what compression brought in words."""
+    rows = compared(rows)
+    return [row.model_copy(update={"cost_notes": cost_notes(row, rows, _compressed(plan, row.name))}) for row in rows]
+
+
+def _compressed(plan: Plan, label: str | None) -> list[str]:
+    """Return the names of the methods that a variant and those that it descends from were compressed by."""
+    found: list[str] = []
+    while label is not None:
+        variant = plan.recipe.variant(label)
+        found += [use.name for use in variant.compress]
+        label = variant.parent
+    return found
 
 
 def _row(
@@ -105,7 +120,7 @@ def _row(
     store: Store,
     one: Evaluated,
     evaluated: Mapping[Identity, Evaluated],
-    latency: Mapping[str, dict[str, Any]],
+    timed: Mapping[str, Any],
     classes: list[str],
     failed: Mapping[str, str],
 ) -> VariantResult:
@@ -113,7 +128,9 @@ def _row(
     fit, measure = one.records["fit"], one.records["measure"]
     rates = one.rates()
     # Latency is measured on the first seed's models; the other seeds have the same architecture.
-    measured = latency.get(plan.fit_keys[one.variant, plan.recipe.seeds[0]], {})
+    key = plan.fit_keys[one.variant, plan.recipe.seeds[0]]
+    measured = timed.get("latency", {}).get(key, {})
+    untimed = timed.get("untimed", {}).get(key, {})
     parent = evaluated.get((variant.parent, one.seed)) if variant.parent else None
     curves = _curves(plan, one)
     return VariantResult(
@@ -143,10 +160,14 @@ def _row(
         bytes=measure["bytes"],
         gzip_bytes=measure["gzip_bytes"],
         macs=measure["macs"],
+        activation_bytes=measure.get("activation_bytes"),
+        channels=measure.get("channels"),
+        zero_channels=measure.get("zero_channels"),
         sparsity=measure["sparsity"],
         layers=measure["layers"],
         latency_ms={batch: values["median"] for batch, values in measured.items()},
         latency=measured,
+        timings=timed.get("timings", {}).get(key, []),
         epochs=fit.get("epochs", []),
         best_epoch=fit.get("best_epoch"),
         flags=[
@@ -157,7 +178,7 @@ def _row(
         ],
         notes=[
             *fit.get("notes", []),
-            *measure.get("notes", []),
+            *(f"latency in {runtime} was not measured: {why}" for runtime, why in untimed.items()),
             *_audited(one),
             *adaptive_notes(one.correct["clean"], one.ways),
         ],

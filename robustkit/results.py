@@ -226,6 +226,21 @@ class Latency(Record):
     runs: Count
 
 
+class Timing(Latency):
+    """Latency of one batch size in one runtime with so many threads, beside that of the parent or the first variant."""
+
+    runtime: Name
+    """`eager`, `inductor` or `onnxruntime`."""
+    threads: Count
+    batch: Count
+    versus: Name | None = None
+    """The variant that it is compared with; none for the first."""
+    ratio: Amount | None = None
+    """That variant's median over this one's: 2 is twice as fast."""
+    distinguishable: bool | None = None
+    """Whether the two ranges from the first to the third quartile lie apart; else nothing is said by the ratio."""
+
+
 class LayerSparsity(Record):
     """Zeros of one weight tensor."""
 
@@ -291,15 +306,26 @@ class VariantResult(Record):
     bytes: Count
     gzip_bytes: Count
     macs: Count
+    activation_bytes: Count | None = None
+    """The most that one image's forward holds at once, the image included, weights not."""
+    channels: Count | None = None
+    zero_channels: Count | None = None
+    """Of the output channels of convolutions and linear layers: those that have no weight left."""
     latency_ms: dict[Name, Amount] = Field(default_factory=dict)
     """Medians: {"batch_1": ms, "batch_256": ms}"""
     latency: dict[Name, Latency] = Field(default_factory=dict)
+    runtime: Name = "eager"
+    """What `latency` is of: what the variant's file is for."""
+    timings: list[Timing] = Field(default_factory=list)
+    """With `evaluate.latency: full` or a list of runtimes."""
     sparsity: Share = 0.0
     layers: list[LayerSparsity] = Field(default_factory=list)
     epochs: list[EpochRow] = Field(default_factory=list)
     best_epoch: Count | None = None
     flags: list[Flag] = Field(default_factory=list)
     notes: list[Text] = Field(default_factory=list)
+    cost_notes: list[Text] = Field(default_factory=list)
+    """Of a compressed variant: what was done brought in size and speed, as measured."""
     forwards: Count = 0
     backwards: Count = 0
     seconds: Amount = 0.0

@@ -44,10 +44,15 @@ def check_format(name: str) -> Format:
     found = next((one for one in FORMATS if one == name), None)
     if found is None:
         raise UsageError(f"unknown format {name!r}; {did_you_mean(name, FORMATS) or 'one of ' + ', '.join(FORMATS)}")
-    missing = [one for one in ONNX_PACKAGES if importlib.util.find_spec(one) is None] if found == "onnx" else []
+    missing = [one for one in ONNX_PACKAGES if not is_there(one)] if found == "onnx" else []
     if missing:
         raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install 'robustkit[onnx]'")
     return found
+
+
+def is_there(package: str) -> bool:
+    """Say whether a package is installed, without importing it."""
+    return importlib.util.find_spec(package) is not None
 
 
 def to_pt2(model: nn.Module, shape: tuple[int, int, int]) -> bytes:

@@ -19,7 +19,17 @@ from robustkit.results import GateResult, GateVerdict, Rate, Results, VariantRes
 ACCURACIES = ("clean", "worst")
 POISONED = ("success",)
 """What is measured where the training data are poisoned: the attack success rate."""
-SIZES = ("latency", "bytes", "gzip_bytes", "parameters", "nonzero", "macs", "sparsity", "train_seconds")
+SIZES = (
+    "latency",
+    "bytes",
+    "gzip_bytes",
+    "parameters",
+    "nonzero",
+    "macs",
+    "activation_bytes",
+    "sparsity",
+    "train_seconds",
+)
 _REFERENCE = re.compile(r"([\w.+-]+)\(\s*([\w.+-]+)\s*\)")
 _COMPARISON = re.compile(r"^(.+?)(>=|<=|>|<)(.+)$")
 _UNITS = {"pp": 0.01, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1024.0, "mib": 1024.0**2, "ms": 1.0, "s": 1.0}

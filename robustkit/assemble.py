@@ -16,6 +16,7 @@ from robustkit.honest import cost_notes
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.per_example import write_arrays, write_gallery
 from robustkit.poisoning import poisoning_of, tolerance_of
+from robustkit.quantizing import quantized_flags, quantized_notes, quantized_of
 from robustkit.recipe.gates import Correct, Gate, evaluate_gate, parse_gate
 from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
@@ -148,6 +149,7 @@ def _row(
         tolerance=tolerance_of(one.radius, int(one.records.get("tolerance", {}).get("members", 0))),
         audit=_audit(one),
         adaptive=adaptive_of(one.correct["clean"], one.ways),
+        quantized=quantized_of(one),
         versus_parent=_paired(parent, one),
         per_class=_per_class(one, classes),
         curves=curves,
@@ -174,6 +176,7 @@ def _row(
             *attack_flags(plan, one.variant, one.seed, one.attacks, failed),
             *unsound_flags(plan, one.variant, one.seed, failed),
             *_flags(plan, one),
+            *quantized_flags(plan, one, parent, failed),
             *curve_flags(curves, len(classes)),
         ],
         notes=[
@@ -181,6 +184,7 @@ def _row(
             *(f"latency in {runtime} was not measured: {why}" for runtime, why in untimed.items()),
             *_audited(one),
             *adaptive_notes(one.correct["clean"], one.ways),
+            *quantized_notes(one),
         ],
         forwards=_total(one, "forwards"),
         backwards=_total(one, "backwards"),
@@ -198,7 +202,8 @@ def _depth(plan: Plan, label: str) -> int:
 
 
 def _outcomes(one: Evaluated) -> list[dict[str, Any]]:
-    return [one.records["clean"], *one.attacks.values()]
+    beside = [one.records["artefact"]] if "artefact" in one.records else []
+    return [one.records["clean"], *one.attacks.values(), *beside]
 
 
 def _total(one: Evaluated, name: str) -> int:

@@ -124,6 +124,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "rewind": "robustkit.compress.rewind:Rewind",
         "recalibrate": "robustkit.compress.recalibrate:Recalibrate",
         "shrink": "robustkit.compress.shrink:Shrink",
+        "int8": "robustkit.compress.int8:Int8",
     },
     "attack": {
         "noise": "robustkit.attacks.noise:Noise",

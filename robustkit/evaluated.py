@@ -39,6 +39,11 @@ class Evaluated:
     """Per-example distances of the minimum-norm attacks, by label."""
     ways: list[tuple[Bools, Bools]] = field(default_factory=list)
     """Of each attack on a variant with inference wrappers: right as deployed, and right through the view."""
+    beside: dict[str, Bools] = field(default_factory=dict)
+    """Of a quantized variant: right under `transfer` of the float models' images, and not fooled by queries (`square`),
+    which go to what all else leaves."""
+    surrogate: Bools | None = None
+    """Right under every attack of the recipe; of a quantized variant they are attacks on its surrogate."""
     radius: NDArray[np.int64] | None = None
     """How many poisons a vote tolerates, -1 where it is wrong without any."""
     fooled: Bools | None = None
@@ -79,6 +84,9 @@ def collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | No
         if step.kind == "tolerance":
             arrays = _arrays(store, step)
             found.radius = np.where(arrays["right"], arrays["radius"], -1)
+        if step.kind == "artefact":
+            arrays = _arrays(store, step)
+            found.beside = {name: arrays[name] for name in ("transfer", "square")}
         if step.kind == "success":
             found.fooled = _arrays(store, step)["fooled"]
         if step.kind == "clean":
@@ -88,7 +96,8 @@ def collect(plan: Plan, store: Store, variant: str, seed: int) -> Evaluated | No
     if not {"fit", "measure", "clean"} <= set(found.records):
         return None
     order = {"clean": found.correct["clean"], **found.correct}
-    found.correct = {**order, "worst": stats.worst_case(order.values())}
+    found.surrogate = stats.worst_case(order.values())
+    found.correct = {**order, "worst": stats.worst_case([*order.values(), *found.beside.values()])}
     return found
 
 

@@ -15,6 +15,7 @@ from robustkit.assemble import assemble
 from robustkit.data.fingerprint import fingerprint, poisoned_fingerprint
 from robustkit.errors import InternalError, RobustkitError, UsageError
 from robustkit.recipe.plan import Plan, Step, make_plan
+from robustkit.recipe.quantized import lacks_packages
 from robustkit.recipe.spec import Recipe, Use
 from robustkit.results import Results, write_results
 from robustkit.store import EventLog, Store, write_atomic, write_json
@@ -134,10 +135,13 @@ def run(
     others go on, and the report covers what is there. After an internal error nothing more is run.
 
     Raises:
-        UsageError: another process holds the folder, or user code is not trusted.
+        UsageError: another process holds the folder, user code is not trusted, or packages that it needs are missing.
         RobustkitError: nothing at all could be run.
     """
     check_trust(recipe, trust_plugins)
+    lacking = lacks_packages(recipe.variants)
+    if lacking is not None:
+        raise UsageError(lacking)
     store = Store(folder)
     with store.lock():
         log = EventLog(folder / "events.jsonl")

@@ -173,6 +173,37 @@ class Adaptive(Record):
         )
 
 
+class QuantizedRates(Record):
+    """A quantized variant: what it was made with, and accuracy under each way to attack it; `worst` counts all."""
+
+    bits: Count
+    trained: bool = False
+    """Whether it was trained with fake quantization."""
+    calibration_images: Count
+    calibration_sha256: Name
+    """Of the training images that gave the ranges of activations, as uint8 (N, C, H, W)."""
+    surrogate: Rate
+    """Under the recipe's attacks, on the surrogate with straight-through gradients."""
+    transfer: Rate
+    """Under images that fooled the float models."""
+    union: Rate
+    """Under both, and under Square on the quantized model itself."""
+    queries: Count
+    """Of Square, an example."""
+    sets: Count
+    """How many sets of images of float models were tried."""
+    disagreeing: Count
+    """Clean test images that the surrogate classifies otherwise."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bits} bits: {self.surrogate.value:.1%} withstand attacks on the straight-through surrogate, "
+            f"{self.transfer.value:.1%} images of the float models, {self.union.value:.1%} both and Square "
+            f"({self.queries} queries) on the quantized model; ranges from {self.calibration_images} training images, "
+            f"sha256 {self.calibration_sha256[:16]}"
+        )
+
+
 class Corruptions(Record):
     """Accuracy under common corruptions: the mean of all, and severities 1 to 5 by corruption."""
 
@@ -294,6 +325,8 @@ class VariantResult(Record):
     """With `evaluate.audit`: AutoAttack-standard on a random subset of what every attack left."""
     adaptive: Adaptive | None = None
     """Of a variant with inference wrappers; `worst` counts both ways."""
+    quantized: QuantizedRates | None = None
+    """Of a quantized variant (`int8`)."""
     versus_parent: Paired | None = None
     """Worst-case accuracy against the parent's, paired."""
     per_class: dict[Name, dict[Name, Share]] = Field(default_factory=dict)

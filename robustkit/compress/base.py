@@ -106,6 +106,15 @@ class Finisher(Protocol):
         ...
 
 
+@runtime_checkable
+class Quantizer(Protocol):
+    """What makes a quantized model of a finished one: after everything else, wherever it stands in the recipe."""
+
+    def quantize(self, model: nn.Module, context: CompressContext) -> nn.Module:
+        """Return the quantized model; what is worth telling goes to `context.note`."""
+        ...
+
+
 def scheduled_sparsity(schedule: Schedule, start: float, final: float, share: float) -> float:
     """Return the sparsity after `share` in [0, 1] of a schedule's updates."""
     if schedule == "iterative":

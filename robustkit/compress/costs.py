@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustkit.compress.latency import measure_latency
 from robustkit.compress.masks import prunable
 from robustkit.compress.memory import peak_activation_bytes
+from robustkit.models.quantized import Quantized
 from robustkit.results import LayerSparsity
 
 __all__ = ["Costs", "count_macs", "measure_costs", "measure_latency"]
@@ -42,7 +43,7 @@ class Costs:
 def measure_costs(model: nn.Module, shape: tuple[int, int, int], artefact: Path) -> Costs:
     """Return the costs of a model whose file is `artefact`; sparsity is over convolution and linear weights."""
     raw = artefact.read_bytes()
-    weights = list(prunable(model))
+    weights = list(model.weights().items() if isinstance(model, Quantized) else prunable(model))
     layers = [LayerSparsity(name=name, size=weight.numel(), zeros=int((weight == 0).sum())) for name, weight in weights]
     total = sum(layer.size for layer in layers)
     parameters = list(model.parameters())

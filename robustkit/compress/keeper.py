@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from robustkit.attacks.threat import Threat
-from robustkit.compress.base import CompressContext, Compressor, Counting, Finisher, Starter, scheduled_sparsity
+from robustkit.compress.base import (
+    CompressContext,
+    Compressor,
+    Counting,
+    Finisher,
+    Quantizer,
+    Starter,
+    scheduled_sparsity,
+)
 from robustkit.compress.masks import Masks, hook_masks, sparsity_of, without_hooks, zero_masks
 from robustkit.compress.torch_methods import TorchMethod
 from robustkit.data.split import Split
@@ -47,7 +55,8 @@ class MaskKeeper(Defense):
     the model came with. A model with torch.nn.utils.prune hooks is made plain, and its masks are held. `train`:
     training images for methods that look at them; `early`: weights after an epoch, for methods that go back to them;
     `defenses`: the variant's, for methods that learn with its loss.
-    Starters (rewind) run before the training, finishers (shrink) in `finish`, after it.
+    Starters (rewind) run before the training, finishers (shrink) in `finish`, after it, and quantizers in `quantize`,
+    last.
     """
 
     def __init__(
@@ -65,7 +74,9 @@ class MaskKeeper(Defense):
     ) -> None:
         self.starters = [made for made in compressors if isinstance(made, Starter)]
         self.finishers = [made for made in compressors if isinstance(made, Finisher)]
-        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, Starter | Finisher)]
+        self.quantizers = [made for made in compressors if isinstance(made, Quantizer)]
+        others = Starter | Finisher | Quantizer
+        self.compressors = [as_compressor(made) for made in compressors if not isinstance(made, others)]
         self.masks = Masks()
         self.flags: list[Flag] = []
         self.notes: list[str] = []
@@ -179,6 +190,12 @@ class MaskKeeper(Defense):
         self._check(model)
         for number, finisher in enumerate(self.finishers):
             model = finisher.finish(model, self._made(model, derive_seed(self._seed, "finish", number)))
+        return model
+
+    def quantize(self, model: nn.Module) -> nn.Module:
+        """Return the quantized model of a finished one; the model itself where nothing quantizes it."""
+        for number, quantizer in enumerate(self.quantizers):
+            model = quantizer.quantize(model, self._made(model, derive_seed(self._seed, "quantize", number)))
         return model
 
     def _check(self, model: nn.Module) -> None:

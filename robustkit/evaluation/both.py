@@ -1,5 +1,6 @@
 """A model with inference wrappers is attacked twice: as deployed, and through its honest view; both count.
 
+A quantized model has no gradient as deployed, so that it is attacked through its view alone; it judges what is found.
 Athalye et al. 2018 (arXiv 1802.00420), Tramer et al. 2020 (arXiv 2002.08347).
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from robustkit.attacks.adaptive import Through
 from robustkit.attacks.threat import Attack
 from robustkit.evaluation.outcome import Outcome
-from robustkit.models.wrapped import Wrapped, view_of
+from robustkit.models.wrapped import has_view, view_of, without_gradient
 from robustkit.results import Flag
 
 Ways = dict[str, NDArray[np.bool_]]
@@ -24,19 +25,19 @@ Ways = dict[str, NDArray[np.bool_]]
 
 
 def adaptive(attack: Attack, model: nn.Module) -> Attack:
-    """Return the attack through the view of a wrapped model; for another model the attack itself."""
-    return Through(attack, view_of) if isinstance(model, Wrapped) else attack
+    """Return the attack through the view of a wrapped or quantized model; for another model the attack itself."""
+    return Through(attack, view_of) if has_view(model) else attack
 
 
 def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
-    """Return what the sanity checks look at: the view of a wrapped model if it answers the same, else the model.
+    """Return what the sanity checks look at: the view of a model that has one if it answers the same, else the model.
 
     Such a view is the same function with better gradients: what it hides is hidden, what it shows is dealt with.
     images: (N, C, H, W) uint8.
     """
-    if not isinstance(model, Wrapped):
+    if not has_view(model):
         return model
-    view = model.view()
+    view = view_of(model)
     with torch.no_grad():
         floats = images.to(torch.float32) / 255
         same = torch.equal(view(floats), model(floats))
@@ -55,8 +56,10 @@ def on_view(flags: Sequence[Flag]) -> list[Flag]:
 
 def attack_both(model: nn.Module, attack: Attack, run: Callable[[Attack, bool], Outcome]) -> tuple[Outcome, Ways]:
     """Return the outcome that counts both ways, and each alone. `run(attack, adaptive)` attacks the model."""
+    if without_gradient(model):
+        return run(adaptive(attack, model), False), {}
     naive = run(attack, False)
-    if not isinstance(model, Wrapped):
+    if not has_view(model):
         return naive, {}
     seen = run(adaptive(attack, model), True)
     return combined(naive, seen), {"naive": naive.correct, "adaptive": seen.correct}

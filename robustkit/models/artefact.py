@@ -19,6 +19,8 @@ from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_inner
 from robustkit.models.meta import at_most, without_memory
 from robustkit.models.normalized import Normalized
+from robustkit.models.quantized import Quantized
+from robustkit.models.quantized_file import QuantizedFile, load_quantized
 from robustkit.models.vote import Vote
 from robustkit.models.widths import Width, apply_widths, widths_of
 from robustkit.models.wrapped import Wrapped
@@ -56,12 +58,14 @@ class Architecture(BaseModel):
     """Layers that are narrower than the model's own, by name: those of a shrunk model."""
     wrappers: tuple[Wrapper, ...] = ()
     """From the inside out."""
+    quantized: QuantizedFile | None = None
+    """Of a quantized model: its graph, which does not follow from the architecture alone."""
 
 
 def save_model(
     model: nn.Module, path: Path, use: Use, *, shape: Shape, classes: Sequence[str], wrappers: Sequence[Use] = ()
 ) -> None:
-    """Write a plain model that was made by `build_model`, shrunk or not, or a vote of such; atomically.
+    """Write a plain model that was made by `build_model`, shrunk, quantized or not, or a vote of such; atomically.
 
     `wrappers`: the defenses that wrap it for inference.
     """
@@ -74,9 +78,11 @@ def save_model(
         members=len(model.members) if isinstance(model, Vote) else 0,
         widths=widths_of(model),
         wrappers=tuple(Wrapper(name=one.name, parameters=one.parameters) for one in wrappers),
+        quantized=QuantizedFile(made=model.made, program=model.program) if isinstance(model, Quantized) else None,
     )
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json()}))
+    held = model.tensors() if isinstance(model, Quantized) else model.state_dict()
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in held.items()}
+    write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json(exclude_defaults=True)}))
 
 
 def is_model_file(path: Path) -> bool:
@@ -161,12 +167,29 @@ def load_model(
     if mistakes:
         raise ModelError(f"{path}: {mistakes[0][1]}")
     own = registry.runs_user_code(entry)
+    if described.quantized is not None:
+        return _quantized(path, described, folder, plugins, trust_plugins, wrapped)
     if own and not trust_plugins:
         raise ModelError(f"{path}: needs code from {use.name}; pass trust_plugins=True if you trust it")
     model = _skeleton(path, use, described, folder, plugins, on_meta=not own)
     wrappers = _wrappers(path, described, folder, plugins, trust_plugins) if wrapped else []
     _fill(model, path)
     return Wrapped(model, wrappers).eval() if wrappers else model.eval()
+
+
+def _quantized(
+    path: Path,
+    described: Architecture,
+    folder: Path | None,
+    plugins: Sequence[Path],
+    trust_plugins: bool,
+    wrapped: bool,
+) -> nn.Module:
+    """Return the quantized model of a file: its graph is in it, so that no code of its architecture is run."""
+    assert described.quantized is not None
+    wrappers = _wrappers(path, described, folder, plugins, trust_plugins) if wrapped else []
+    model = load_quantized(path, described.quantized, described.shape, len(described.classes))
+    return Wrapped(model, wrappers).eval() if wrappers else model
 
 
 def _wrappers(

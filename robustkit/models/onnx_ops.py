@@ -111,9 +111,11 @@ def _gemm(given: Given, inputs: Inputs) -> Tensor:
     a, b = need(inputs, 2)
     a = a.t() if given.get("transA", 0) else a
     b = b.t() if given.get("transB", 0) else b
-    found = given.get("alpha", 1.0) * (a @ b)
+    found: Tensor = given.get("alpha", 1.0) * (a @ b)
     bias = _optional(inputs, 2)
-    return found if bias is None else found + given.get("beta", 1.0) * bias
+    if bias is not None:
+        found = found + given.get("beta", 1.0) * bias
+    return found
 
 
 def _batch_norm(given: Given, inputs: Inputs) -> Tensor:
@@ -187,7 +189,8 @@ def _gelu(given: Given, inputs: Inputs) -> Tensor:
 
 
 def _hard_sigmoid(given: Given, inputs: Inputs) -> Tensor:
-    return (given.get("alpha", 0.2) * need(inputs, 1)[0] + given.get("beta", 0.5)).clamp(0, 1)
+    (x,) = need(inputs, 1)
+    return torch.clamp(given.get("alpha", 0.2) * x + given.get("beta", 0.5), 0, 1)
 
 
 OPERATIONS: Mapping[str, Operation] = {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from robustkit.attacks.counting import CountedModel
+from robustkit.models.quantized import Quantized
 from robustkit.train.hooks import Defense
 
 
@@ -31,18 +32,18 @@ class Wrapped(nn.Module):
 
     def view(self) -> nn.Module:
         """Return the model with every wrapper replaced by its honest view, from the inside out."""
-        seen = self.plain
+        seen = view_of(self.plain)
         for one in self.wrappers:
             seen = one.attack_view(one.wrap(seen))
         return seen.eval()
 
 
 def view_of(model: nn.Module) -> nn.Module:
-    """Return what an adaptive attack on a model attacks: its view where it is wrapped, else the model."""
-    if isinstance(model, Wrapped):
+    """Return what an adaptive attack on a model attacks: its view where it is wrapped or quantized, else the model."""
+    if isinstance(model, Wrapped | Quantized):
         return model.view()
     inner = getattr(model, "model", None)
-    if isinstance(model, CountedModel) and isinstance(inner, Wrapped):
+    if isinstance(model, CountedModel) and isinstance(inner, Wrapped | Quantized):
         return CountedView(model, inner.view())
     # What watches or translates a model has it as `model`.
     return view_of(inner) if isinstance(inner, nn.Module) else model
@@ -58,3 +59,13 @@ class CountedView(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the view."""
         return self.counted.count(x, self.view(x))
+
+
+def has_view(model: nn.Module) -> bool:
+    """Say whether attacks take something else than the model itself: it is wrapped, or quantized."""
+    return isinstance(model, Wrapped | Quantized)
+
+
+def without_gradient(model: nn.Module) -> bool:
+    """Say whether a model's answers have no gradient, so that attacks on it as deployed cannot climb: quantized."""
+    return isinstance(model.plain if isinstance(model, Wrapped) else model, Quantized)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from robustkit.recipe.quantized import quantizer_of, queries_of
 from robustkit.recipe.rewind import kept_epochs
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
@@ -16,6 +17,7 @@ Kind = Literal[
     "measure",
     "clean",
     "attack",
+    "artefact",
     "audit",
     "curve",
     "checks",
@@ -178,6 +180,10 @@ def _evaluation_steps(
     ]
     attacks = _attack_steps(recipe, variant, seed, (fit, clean), common, attack_keys, source_hash)
     steps += attacks
+    quantizer = quantizer_of(variant.compress)
+    if quantizer is not None:
+        attacks = [*attacks, _artefact_step(recipe, variant, seed, (fit, clean), attacks, attack_keys, quantizer)]
+        steps.append(attacks[-1])
     if evaluate.audit:
         read = (clean, *(step.key for step in attacks))
         key = content_key(kind="audit", **common, threat=threat, count=evaluate.audit, steps=sorted(read))
@@ -229,6 +235,37 @@ def _attack_steps(
         wants = (relative,) if relative else ()
         found.append(Step("attack", key, variant.label, seed, parents, use, use.label, wants))
     return found
+
+
+def _artefact_step(
+    recipe: Recipe,
+    variant: VariantSpec,
+    seed: int,
+    parents: tuple[str, str],
+    attacks: list[Step],
+    attack_keys: AttackKeys,
+    quantizer: Use,
+) -> Step:
+    """Return the step that attacks a quantized variant beside its surrogate, with what fooled its float ancestors."""
+    wants = []
+    above = variant.parent
+    while above is not None:
+        wants += [attack_keys[above, seed, use.label] for use in recipe.evaluate.attacks]
+        above = recipe.variant(above).parent
+    read = tuple(step.key for step in attacks)
+    key = content_key(
+        kind="artefact",
+        model=parents[0],
+        threat=_threat(recipe.threat),
+        examples=recipe.evaluate.examples,
+        seed=seed,
+        steps=sorted(read),
+        crafted=sorted(wants),
+        queries=queries_of(quantizer),
+        **_rounding(recipe),
+    )
+    words = "images of float models, and queries"
+    return Step("artefact", key, variant.label, seed, (*parents, *read), quantizer, words, tuple(wants))
 
 
 def _rounding(recipe: Recipe) -> dict[str, object]:

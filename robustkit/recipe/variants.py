@@ -11,6 +11,7 @@ from robustkit.recipe.matrix import MatrixError, combinations, substitute, subst
 from robustkit.recipe.order import Draft, ordered
 from robustkit.recipe.owners import check_exclusive, check_parted, defined_hooks
 from robustkit.recipe.parts import read_threat, read_train
+from robustkit.recipe.quantized import quantized_problem
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.rewind import rewind_problem
 from robustkit.recipe.spec import ThreatSpec, TrainSpec, Use, VariantSpec
@@ -105,6 +106,9 @@ def _variant(
     for problem in (wrong, budget_problem(compress)):
         if problem is not None:
             reader.problem((*path, "compress"), *problem)
+    broken = None if lost else quantized_problem(compress, parent, trains)
+    if broken is not None:
+        reader.problem((*path, broken[0]), *broken[1:])
     if trains:
         check_exclusive(reader, draft, defenses)
     check_parted(reader, draft, parent, defenses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from robustkit.recipe.plan import Kind, Step
+from robustkit.steps.artefact import artefact_step
 from robustkit.steps.audit import audit_step
 from robustkit.steps.bounds import certify_step, corruptions_step, soundness_step
 from robustkit.steps.evaluate import attack_step, checks_step, clean_step, curve_step, measure_step
@@ -21,6 +22,7 @@ STEPS: Mapping[Kind, Callable[[Workbench, Step], None]] = {
     "curve": curve_step,
     "checks": checks_step,
     "latency": latency_step,
+    "artefact": artefact_step,
     "audit": audit_step,
     "certify": certify_step,
     "soundness": soundness_step,

@@ -68,7 +68,7 @@ def attack_step(bench: Workbench, step: Step) -> None:
     assert step.use is not None
     model, test = bench.model(step.parents[0]), bench.test()
     attack: Attack = bench.create("attack", step.use)  # type: ignore[assignment]
-    clean = _read_outcome(bench, step.parents[1])
+    clean = read_outcome(bench, step.parents[1])
     _estimate(bench, step.use, clean)
     shown = min(bench.recipe.evaluate.gallery, len(test))
     followed = any(step.key in other.wants for other in bench.plan.steps)
@@ -193,7 +193,7 @@ def _finish_outcome(
     bench.store.finish(step.key, record, files)
 
 
-def _read_outcome(bench: Workbench, key: str) -> Outcome:
+def read_outcome(bench: Workbench, key: str) -> Outcome:
     """Return the stored outcome of a clean or an attack step."""
     record = bench.store.record(key) or {}
     arrays = bench.store.read_arrays(key, OUTCOME)
@@ -211,7 +211,7 @@ def _read_outcome(bench: Workbench, key: str) -> Outcome:
 def curve_step(bench: Workbench, step: Step) -> None:
     """Store which test examples stay right at each eps of the security curve."""
     recipe, test = bench.recipe, bench.test()
-    model, clean = bench.model(step.parents[0]), _read_outcome(bench, step.parents[1])
+    model, clean = bench.model(step.parents[0]), read_outcome(bench, step.parents[1])
     attacks: dict[str, Attack] = {"pgd": adaptive(Pgd(steps=CURVE_STEPS), model), "noise": Noise(tries=CURVE_TRIES)}
     correct = {
         name: security_curve(

@@ -18,6 +18,7 @@ from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.models.grow import grow
+from robustkit.models.quantized import made_of
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
 from robustkit.recipe.spec import VariantSpec
@@ -31,6 +32,8 @@ from robustkit.workbench import Workbench, threat_of
 
 LAST = "last.safetensors"
 EARLY = "epoch-{}.safetensors"
+FLOAT = "float.safetensors"
+"""The model that a quantized one was made of."""
 
 
 def fit_step(bench: Workbench, step: Step) -> None:
@@ -83,6 +86,11 @@ def fit_step(bench: Workbench, step: Step) -> None:
         model = keeper.finish(model)
         if keeper.flags:
             record["flags"] = [*record["flags"], *(flag.model_dump() for flag in keeper.flags)]
+        if keeper.quantizers:
+            _save(bench, model, variant, data, step, FLOAT)
+            files = (*files, FLOAT)
+            model = keeper.quantize(model)
+            record["quantization"] = made_of(model)
         record["notes"] = [*record.get("notes", []), *keeper.notes]
     _save(bench, model, variant, data, step, MODEL)
     bench.store.finish(step.key, record, files)

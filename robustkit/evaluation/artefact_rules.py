@@ -1,0 +1,64 @@
+"""What it means where a quantized model is fooled by more, or less, than attacks on its surrogate. Imports no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkit import stats
+from robustkit.results import Flag
+
+Bools = NDArray[np.bool_]
+STRONGER = 0.02
+"""So much more robust than the float model may a quantized one be."""
+MISSED = 0.01
+"""Such a share of the examples may attacks on the surrogate miss."""
+SIGNIFICANT = 0.05
+BITS_HINT = "attack with more steps and restarts, and quote the union only"
+
+
+def stronger_flags(quantized: Bools, floating: Bools, *, trained: bool) -> list[Flag]:
+    """Return a flag where a quantized model is right under attack on 2 points more than the float one that it is of.
+
+    Rounding adds no robustness (Bernhard et al. 2019, arXiv 1909.12741): *wrong* where it is significant and nothing was
+    trained in between.
+    """
+    found = stats.paired(quantized, floating)
+    if found.difference <= STRONGER:
+        return []
+    message = (
+        f"withstands {found.difference:.1%} more than the float model that it was made of (p = {found.p:.2g}): rounding "
+        f"hides gradients and does not defend; {BITS_HINT}"
+    )
+    wrong = not trained and found.p < SIGNIFICANT
+    return [Flag(id="int8-stronger", severity="wrong" if wrong else "doubt", message=message)]
+
+
+def missed_flags(surrogate: Bools, transfer: Bools, square: Bools) -> list[Flag]:
+    """Return a flag for each way that fools more than 1 % of the examples which attacks on the surrogate miss.
+
+    surrogate, transfer, square (N,): right under the attacks on the surrogate, under the float models' images, and under
+    queries of the quantized model.
+    """
+    found = []
+    for name, other in (("images of the float models", transfer), ("Square on the quantized model", square)):
+        missed = int(np.count_nonzero(surrogate & ~other))
+        share = missed / max(1, surrogate.size)
+        if share > MISSED:
+            message = (
+                f"{name} fool {missed} examples ({share:.1%}) that attacks on the surrogate miss: its gradients mislead; "
+                f"the worst case counts them; {BITS_HINT}"
+            )
+            found.append(Flag(id="int8-missed", severity="doubt", message=message))
+    return found
+
+
+def surrogate_flags(disagreeing: int, n: int) -> list[Flag]:
+    """Return a *wrong* flag where the surrogate classifies clean test images otherwise than the quantized model."""
+    if not disagreeing:
+        return []
+    message = (
+        f"the surrogate and the quantized model disagree on {disagreeing} of {n} clean test images: attacks on the "
+        "surrogate say nothing of the model"
+    )
+    return [Flag(id="int8-surrogate", severity="wrong", message=message)]

@@ -23,7 +23,7 @@ from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
 from robustkit.results import Audit, Corruptions, Curve, Flag, Paired, Results, VariantResult
 from robustkit.speed import compared
-from robustkit.store import MODEL, Store
+from robustkit.store import ONNX, Store
 
 Identity = tuple[str, int]
 
@@ -129,7 +129,8 @@ def _row(
     fit, measure = one.records["fit"], one.records["measure"]
     rates = one.rates()
     # Latency is measured on the first seed's models; the other seeds have the same architecture.
-    key = plan.fit_keys[one.variant, plan.recipe.seeds[0]]
+    key, own = plan.fit_keys[one.variant, plan.recipe.seeds[0]], plan.fit_keys[one.variant, one.seed]
+    file = store.model_name(own)
     measured = timed.get("latency", {}).get(key, {})
     untimed = timed.get("untimed", {}).get(key, {})
     parent = evaluated.get((variant.parent, one.seed)) if variant.parent else None
@@ -169,6 +170,7 @@ def _row(
         layers=measure["layers"],
         latency_ms={batch: values["median"] for batch, values in measured.items()},
         latency=measured,
+        runtime="onnxruntime" if file == ONNX else "eager",
         timings=timed.get("timings", {}).get(key, []),
         epochs=fit.get("epochs", []),
         best_epoch=fit.get("best_epoch"),
@@ -192,7 +194,7 @@ def _row(
         train_seconds=round(float(fit.get("train_seconds", 0.0)), 3),
         arrays=write_arrays(store, one),
         gallery=write_gallery(plan, store, one),
-        model=f"steps/{plan.fit_keys[one.variant, one.seed]}/{MODEL}",
+        model=f"steps/{own}/{file}",
     )
 
 

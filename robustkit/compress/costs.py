@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustkit.compress.latency import measure_latency
 from robustkit.compress.masks import prunable
 from robustkit.compress.memory import peak_activation_bytes
+from robustkit.models.onnx_model import OnnxModel
 from robustkit.models.quantized import Quantized
 from robustkit.results import LayerSparsity
 
@@ -24,7 +25,8 @@ GZIP_LEVEL = 6
 class Costs:
     """Size and work of one model; `macs` are multiply-accumulates of convolutions and linear layers an image.
 
-    `activation_bytes`: the most that one image's forward holds at once (`peak_activation_bytes`). `channels`: output
+    `activation_bytes`: the most that one image's forward holds at once (`peak_activation_bytes`);
+    None of a quantized model, which PyTorch simulates in floats, and of an ONNX file. `channels`: output
     channels of convolutions and linear layers, of which `zero_channels` have no weight left.
     """
 
@@ -33,7 +35,7 @@ class Costs:
     bytes: int
     gzip_bytes: int
     macs: int
-    activation_bytes: int
+    activation_bytes: int | None
     channels: int
     zero_channels: int
     sparsity: float
@@ -43,7 +45,7 @@ class Costs:
 def measure_costs(model: nn.Module, shape: tuple[int, int, int], artefact: Path) -> Costs:
     """Return the costs of a model whose file is `artefact`; sparsity is over convolution and linear weights."""
     raw = artefact.read_bytes()
-    weights = list(model.weights().items() if isinstance(model, Quantized) else prunable(model))
+    weights = list(model.weights().items() if isinstance(model, Quantized | OnnxModel) else prunable(model))
     layers = [LayerSparsity(name=name, size=weight.numel(), zeros=int((weight == 0).sum())) for name, weight in weights]
     total = sum(layer.size for layer in layers)
     parameters = list(model.parameters())
@@ -52,8 +54,8 @@ def measure_costs(model: nn.Module, shape: tuple[int, int, int], artefact: Path)
         nonzero=sum(int((parameter != 0).sum()) for parameter in parameters),
         bytes=len(raw),
         gzip_bytes=len(zlib.compress(raw, GZIP_LEVEL)),
-        macs=count_macs(model, shape),
-        activation_bytes=peak_activation_bytes(model, shape),
+        macs=count_macs(model.view() if isinstance(model, OnnxModel) else model, shape),
+        activation_bytes=None if isinstance(model, Quantized | OnnxModel) else peak_activation_bytes(model, shape),
         channels=sum(len(weight) for _, weight in weights),
         zero_channels=sum(int((weight == 0).flatten(1).all(1).sum()) for _, weight in weights),
         sparsity=sum(layer.zeros for layer in layers) / total if total else 0.0,

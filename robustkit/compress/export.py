@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.errors import ModelError, UsageError, did_you_mean
+from robustkit.models.onnx_model import onnx_session, require_onnx
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -22,7 +22,6 @@ TOLERANCE = 1e-4
 """How far logits of the file may be from the model's, for logits up to 1 (else relative)."""
 MAX_BATCH = 65_536
 BATCH = 64
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 Run = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> logits (N, classes), by the file alone."""
 
@@ -44,15 +43,9 @@ def check_format(name: str) -> Format:
     found = next((one for one in FORMATS if one == name), None)
     if found is None:
         raise UsageError(f"unknown format {name!r}; {did_you_mean(name, FORMATS) or 'one of ' + ', '.join(FORMATS)}")
-    missing = [one for one in ONNX_PACKAGES if not is_there(one)] if found == "onnx" else []
-    if missing:
-        raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install 'robustkit[onnx]'")
+    if found == "onnx":
+        require_onnx("--format onnx")
     return found
-
-
-def is_there(package: str) -> bool:
-    """Say whether a package is installed, without importing it."""
-    return importlib.util.find_spec(package) is not None
 
 
 def to_pt2(model: nn.Module, shape: tuple[int, int, int]) -> bytes:
@@ -121,11 +114,7 @@ def pt2_runner(data: bytes) -> Run:
 
 def onnx_runner(data: bytes) -> Run:
     """Return what runs an ONNX file in ONNX Runtime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(data)
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])

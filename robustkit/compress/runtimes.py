@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustkit.compress.export import ONNX_PACKAGES, is_there, to_onnx
+from robustkit.compress.export import to_onnx
+from robustkit.compress.pt2e import register_kernels
 from robustkit.errors import ModelError, RobustkitError
+from robustkit.models.onnx_model import OnnxModel, missing_onnx_packages, onnx_session
+from robustkit.models.quantized import Quantized
 
 Run = Callable[[Tensor], object]
 Prepared = Callable[[Tensor], Run]
@@ -26,6 +29,8 @@ def prepare(model: nn.Module, runtime: str, shape: tuple[int, int, int]) -> Prep
         ModelError: it does not run there; the message says why.
     """
     model.eval()
+    if isinstance(model, OnnxModel) and runtime != "onnxruntime":
+        raise ModelError("it is a file for ONNX Runtime")
     if runtime == "eager":
         return lambda x: model
     if runtime == "inductor":
@@ -42,6 +47,9 @@ def compiled(model: nn.Module, x: Tensor) -> Run:
     """
     if x.device.type == "cpu" and not any(shutil.which(one) for one in (os.environ.get("CXX", "g++"), "clang++")):
         raise ModelError("inductor needs a C++ compiler: install g++, or set CXX")
+    if isinstance(model, Quantized):
+        register_kernels()
+        model = model.artefact
     run: Run = torch.compile(model, fullgraph=True, dynamic=False)
     try:
         with compiling(), torch.inference_mode():
@@ -62,7 +70,10 @@ def compiling() -> Iterator[None]:
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
-    with inductor.patch(freezing=True), dynamo.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000):
+    limits = dynamo.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
+    with inductor.patch(freezing=True), limits, warnings.catch_warnings():
+        # Inductor's own, while it compiles a quantized layer.
+        warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
         yield
 
 
@@ -74,10 +85,12 @@ def forget_compiled() -> None:
 
 
 def _onnx(model: nn.Module, shape: tuple[int, int, int]) -> bytes:
-    missing = [one for one in ONNX_PACKAGES if not is_there(one)]
+    if isinstance(model, OnnxModel):
+        return model.data
+    missing = missing_onnx_packages()
     if missing:
         raise ModelError(f"{', '.join(missing)} is not installed: pip install 'robustkit[onnx]'")
-    return to_onnx(model, shape)
+    return to_onnx(model.artefact if isinstance(model, Quantized) else model, shape)
 
 
 def onnx_run(data: bytes, x: Tensor) -> Run:
@@ -85,25 +98,6 @@ def onnx_run(data: bytes, x: Tensor) -> Run:
     session = onnx_session(data)
     feed = {"image": x.numpy()}
     return lambda images: session.run(["logits"], feed)
-
-
-def onnx_session(data: bytes) -> Any:  # noqa: ANN401
-    """Return a session of ONNX Runtime on the CPU, with as many threads as torch has now.
-
-    Raises:
-        ModelError: ONNX Runtime does not take the file.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    # Its threads would go on spinning while another model is timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise ModelError(f"ONNX Runtime does not take the file: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

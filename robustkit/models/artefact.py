@@ -19,6 +19,7 @@ from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_inner
 from robustkit.models.meta import at_most, without_memory
 from robustkit.models.normalized import Normalized
+from robustkit.models.onnx_model import OnnxModel, load_onnx, onnx_metadata, with_metadata
 from robustkit.models.quantized import Quantized
 from robustkit.models.quantized_file import QuantizedFile, load_quantized
 from robustkit.models.vote import Vote
@@ -31,6 +32,7 @@ from robustkit.train.hooks import Defense
 FORMAT = "robustkit/1"
 MAX_SIDE = 65_536
 MAX_MEMBERS = 10_000
+ONNX_SUFFIX = ".onnx"
 
 
 class Wrapper(BaseModel):
@@ -80,6 +82,9 @@ def save_model(
         wrappers=tuple(Wrapper(name=one.name, parameters=one.parameters) for one in wrappers),
         quantized=QuantizedFile(made=model.made, program=model.program) if isinstance(model, Quantized) else None,
     )
+    if isinstance(model, OnnxModel):
+        write_atomic(path, with_metadata(model, described.model_dump_json(exclude_defaults=True)))
+        return
     held = model.tensors() if isinstance(model, Quantized) else model.state_dict()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in held.items()}
     write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json(exclude_defaults=True)}))
@@ -91,7 +96,7 @@ def is_model_file(path: Path) -> bool:
     Raises:
         ModelError: there is no such file, or it is named .safetensors and cannot be read.
     """
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix not in (".safetensors", ONNX_SUFFIX):
         return False
     return "robustkit" in _metadata(path)
 
@@ -122,6 +127,8 @@ def read_architecture(path: Path) -> Architecture:
 def _metadata(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file")
+    if path.suffix == ONNX_SUFFIX:
+        return onnx_metadata(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}
@@ -158,6 +165,10 @@ def load_model(
     """
     path = Path(path)
     described = read_architecture(path)
+    if path.suffix == ONNX_SUFFIX:
+        wrappers = _wrappers(path, described, folder, plugins, trust_plugins) if wrapped else []
+        made = load_onnx(path, len(described.classes), described.shape)
+        return Wrapped(made, wrappers).eval() if wrappers else made
     use = Use(name=described.model, parameters=described.parameters, label=described.model)
     try:
         entry = registry.find("model", use.name, folder=folder, plugins=plugins)

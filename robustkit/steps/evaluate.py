@@ -25,7 +25,7 @@ from robustkit.recipe.plan import Step
 from robustkit.recipe.spec import Use
 from robustkit.seeding import derive_seed
 from robustkit.steps.last import best_and_last
-from robustkit.store import MODEL, Partial
+from robustkit.store import Partial
 from robustkit.workbench import Workbench, threat_of
 
 OUTCOME = "outcome.npz"
@@ -41,9 +41,7 @@ CURVE_TRIES = 4
 def measure_step(bench: Workbench, step: Step) -> None:
     """Store parameters, non-zeros, bytes, MACs, peak activations and sparsity per layer of a model."""
     (fit_key,) = step.parents
-    costs = measure_costs(
-        bench.load(fit_key, wrapped=False), bench.any_dataset().shape, bench.store.step(fit_key) / MODEL
-    )
+    costs = measure_costs(bench.load(fit_key, wrapped=False), bench.any_dataset().shape, bench.artefact(fit_key))
     values = asdict(costs)
     values["layers"] = [layer.model_dump() for layer in costs.layers]
     values["classes"] = list(bench.any_dataset().classes)

@@ -18,6 +18,7 @@ from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.models.grow import grow
+from robustkit.models.onnx_model import OnnxModel
 from robustkit.models.quantized import made_of
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
@@ -25,7 +26,7 @@ from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
 from robustkit.steps.members import fit_members, owner_of, remove_states
 from robustkit.steps.teach import teach
-from robustkit.store import MODEL, STATE, write_atomic
+from robustkit.store import MODEL, ONNX, STATE, write_atomic
 from robustkit.train.hooks import Defense, is_taught, owned_hooks
 from robustkit.train.loop import fit
 from robustkit.workbench import Workbench, threat_of
@@ -92,8 +93,9 @@ def fit_step(bench: Workbench, step: Step) -> None:
             model = keeper.quantize(model)
             record["quantization"] = made_of(model)
         record["notes"] = [*record.get("notes", []), *keeper.notes]
-    _save(bench, model, variant, data, step, MODEL)
-    bench.store.finish(step.key, record, files)
+    name = ONNX if isinstance(model, OnnxModel) else MODEL
+    _save(bench, model, variant, data, step, name)
+    bench.store.finish(step.key, record, (name, *files[1:]))
 
 
 def _parts(bench: Workbench, variant: VariantSpec) -> bool:

@@ -12,7 +12,7 @@ from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
 from robustkit.evaluation.ways import adaptive_notes, adaptive_of
-from robustkit.honest import cost_notes
+from robustkit.honest import Made, cost_notes
 from robustkit.missing import attack_flags, failed_gate, failures_of, latency_key, undecided, unsound_flags
 from robustkit.per_example import write_arrays, write_gallery
 from robustkit.poisoning import poisoning_of, tolerance_of
@@ -44,7 +44,7 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
                 classes = classes or list(found.records["measure"].get("classes", []))
     timed = _timed(plan, store, failed)
     rows = [_row(plan, store, one, evaluated, timed, classes, failed) for one in evaluated.values()]
-    rows = _with_costs(plan, rows)
+    rows = _with_costs(plan, rows, evaluated, provenance)
     results = Results(
         name=recipe.name,
         threat=_threat(recipe),
@@ -100,10 +100,17 @@ def _timed(plan: Plan, store: Store, failed: Container[str]) -> dict[str, Any]:
     return (store.record(latency_key(step, failed)) if step else None) or {}
 
 
-def _with_costs(plan: Plan, rows: Sequence[VariantResult]) -> list[VariantResult]:
+def _with_costs(
+    plan: Plan, rows: Sequence[VariantResult], evaluated: Mapping[Identity, Evaluated], provenance: Mapping[str, Any]
+) -> list[VariantResult]:
     """Return the rows with their timings compared, and what compression brought in words."""
-    rows = compared(rows)
-    return [row.model_copy(update={"cost_notes": cost_notes(row, rows, _compressed(plan, row.name))}) for row in rows]
+    rows, extensions = compared(rows), provenance.get("cpu", {}).get("extensions", ())
+
+    def made(row: VariantResult) -> Made:
+        quantized = evaluated[row.name, row.seed].records["fit"].get("quantization") or {}
+        return Made(_compressed(plan, row.name), quantized.get("bits"), extensions)
+
+    return [row.model_copy(update={"cost_notes": cost_notes(row, rows, made(row))}) for row in rows]
 
 
 def _compressed(plan: Plan, label: str | None) -> list[str]:

@@ -13,7 +13,7 @@ from robustkit.compress.latency import QUICK, THOROUGH, Effort
 from robustkit.compress.memory import peak_activation_bytes
 from robustkit.compress.timings import measure_timings
 from robustkit.errors import RecipeError
-from robustkit.honest import cost_notes
+from robustkit.honest import Made, cost_notes
 from robustkit.models.build import build_model
 from robustkit.recipe.plan import make_plan
 from robustkit.recipe.schema import parse_recipe
@@ -278,15 +278,54 @@ NOTES: list[tuple[str, dict[str, object], list[str], list[str]]] = [
 @pytest.mark.parametrize(("given", "says", "never"), [one[1:] for one in NOTES], ids=[one[0] for one in NOTES])
 def test_what_is_said_is_what_was_measured(given: dict[str, object], says: list[str], never: list[str]) -> None:
     variant = row("small", **given)  # type: ignore[arg-type]
-    (told,) = cost_notes(variant, [row("base"), variant], ["some_method"])
+    (told,) = cost_notes(variant, [row("base"), variant], Made(["some_method"]))
     assert all(text in told for text in says), told
     assert not any(text in told for text in never), told
-    assert cost_notes(variant, [row("base"), variant], []) == []
+    assert cost_notes(variant, [row("base"), variant], Made()) == []
+
+
+QUANTIZED = {"parent": "base", "bytes": 1000, "gzip_bytes": 900, "sparsity": 0.02}
+
+
+def _told(made: Made, base: VariantResult | None = None, **given: object) -> list[str]:
+    variant = row("small", **{**QUANTIZED, **given})  # type: ignore[arg-type]
+    return cost_notes(variant, [base or row("base"), variant], made)
+
+
+def test_a_simulated_model_is_said_to_be_slower_only_where_it_is() -> None:
+    (slow,) = _told(Made(["int8"], 8), ms=30.0)
+    assert slow.startswith("int8, simulated in floats by eager PyTorch, slower until lowered: 4 times fewer bytes")
+    assert "3 times slower at batch 1 and 256" in slow
+    assert "not timed" in slow
+    (level,) = _told(Made(["int8"], 8))
+    assert "slower" not in level
+    (low,) = _told(Made(["int8"], 4), ms=30.0)
+    assert "nothing here computes in 4 bits" in low
+
+
+def test_what_inductor_brings_is_said_with_what_the_processor_has() -> None:
+    base = row("base", timings=[timing(10, "inductor"), timing(6, "inductor", 2)])
+    times = [timing(4, "inductor"), timing(6, "inductor", 2)]
+    (told,) = _told(Made(["int8"], 8, ["avx512_vnni"]), base, ms=30.0, timings=times)
+    wanted = "processor with VNNI: 1 thread: 2.5 times faster at batch 1; 2 threads: not distinguishable at batch 1"
+    assert wanted in told
+    (told,) = _told(Made(["int8"], 8), base, ms=30.0, timings=times)
+    assert "processor without VNNI" in told
+
+
+def test_an_onnx_file_is_compared_across_runtimes_by_name() -> None:
+    base = row("base", timings=[timing(5, "onnxruntime")])
+    more = {"runtime": "onnxruntime", "ms": 2.0, "timings": [timing(2, "onnxruntime")]}
+    (told,) = _told(Made(["onnx"], 8), base, **more)
+    assert "measured in ONNX Runtime against base in eager PyTorch: 5 times faster at batch 1 and 256" in told
+    assert "against base in ONNX Runtime too: 1 thread: 2.5 times faster at batch 1" in told
+    (told,) = _told(Made(["onnx"]), row("base"), runtime="onnxruntime", bytes=5000, sparsity=0.0)
+    assert "1.2 times more bytes than base" in told
 
 
 def test_a_pattern_is_said_to_need_other_hardware() -> None:
     variant = row("small", **SPARSE)  # type: ignore[arg-type]
-    assert "NVIDIA" in cost_notes(variant, [row("base"), variant], ["n_m"])[1]
+    assert "NVIDIA" in cost_notes(variant, [row("base"), variant], Made(["n_m"]))[1]
 
 
 RECIPE = """\

@@ -41,8 +41,8 @@ def quantized_flags(plan: Plan, one: Evaluated, parent: Evaluated | None, failed
     lost = [step for step in plan.of(one.variant, one.seed) if step.kind == "artefact" and not one.beside]
     if lost:
         message = (
-            f"float models' images and queries were not tried: {failed.get(lost[0].key, 'the step left no result')}; the "
-            "worst case is over fewer attacks: correct what failed and run again"
+            f"float models' images and queries were not tried: {failed.get(lost[0].key, 'the step left no result')}; "
+            "the worst case is over fewer attacks: correct what failed and run again"
         )
         return [Flag(id=ATTACK_FAILED, severity="wrong", message=message)]
     found = quantized_of(one)

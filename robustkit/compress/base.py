@@ -114,6 +114,10 @@ class Quantizer(Protocol):
         """Return the quantized model; what is worth telling goes to `context.note`."""
         ...
 
+    def training(self, context: CompressContext) -> Defense | None:
+        """Return what the variant is trained with so that it can be quantized; None for nothing."""
+        ...
+
 
 def scheduled_sparsity(schedule: Schedule, start: float, final: float, share: float) -> float:
     """Return the sparsity after `share` in [0, 1] of a schedule's updates."""

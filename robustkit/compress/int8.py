@@ -12,31 +12,34 @@ from torch import Tensor, nn
 
 from robustkit.compress.base import CompressContext
 from robustkit.compress.pt2e import quantized_graph
+from robustkit.compress.qat import FakeQuantization
 from robustkit.errors import ModelError
+from robustkit.models.fake_quantized import ranges_of
 from robustkit.models.program import as_program
 from robustkit.models.quantized import Quantization, Quantized
 from robustkit.params import PositiveInt
+from robustkit.train.hooks import Defense
 
 BATCH = 64
 """Calibration images at a time."""
 
 
-def quantize(model: nn.Module, images: Tensor, *, bits: int = 8, trained: bool = False) -> Quantized:
+def quantize(model: nn.Module, images: Tensor, *, bits: int = 8) -> Quantized:
     """Return the quantized model of a plain one, on the CPU; the model is left alone.
 
     images: (N, C, H, W) in [0, 1], which give the ranges of activations; their SHA-256 is kept, not they. bits: 8, 4 or
-    2. trained: the model was trained with fake quantization, whose ranges are moving averages (Jacob et al. 2018, arXiv
-    1712.05877, section 3).
+    2. A model that was trained with fake quantization has the ranges of its layers' inputs already; they are used.
 
     Raises:
         UsageError: torchao is not installed.
         ModelError: the model cannot be quantized, or its surrogate answers otherwise than the quantized model.
     """
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    graph = quantized_graph(model, shape, images.split(BATCH), bits, averaged=trained)
+    ranges = ranges_of(model)
+    graph = quantized_graph(model, shape, images.split(BATCH), bits, ranges)
     program, tensors = as_program(graph)
     made = Quantization(
-        bits=bits, calibration_images=len(images), calibration_sha256=digest_of(images), trained=trained
+        bits=bits, calibration_images=len(images), calibration_sha256=digest_of(images), trained=ranges is not None
     )
     found = Quantized(program, tensors, made).eval()
     check_surrogate(found, images.cpu().split(BATCH))
@@ -65,12 +68,18 @@ class Int8:
     """Quantize weights and activations, after everything else (Jacob et al. 2018, arXiv 1712.05877).
 
     `bits`: 8, or 4 or 2 on the same bytes, which shows the curve and makes nothing smaller. `images`: so many training
-    images give the ranges of activations. `queries`: of the Square attack on the quantized model itself.
+    images give the ranges of activations. `queries`: of the Square attack on the quantized model itself. `qat`: the
+    variant is trained with fake quantization first, with its defenses; the ranges are then those of the training.
     """
 
     bits: Literal[8, 4, 2] = 8
     images: PositiveInt = 512
     queries: PositiveInt = 1000
+    qat: bool = False
+
+    def training(self, context: CompressContext) -> Defense | None:
+        """Return what the variant is trained with: fake quantization where `qat` asks for it."""
+        return FakeQuantization(self.bits, lambda: context.batch(self.images)[0]) if self.qat else None
 
     def quantize(self, model: nn.Module, context: CompressContext) -> nn.Module:
         """Return the quantized model.

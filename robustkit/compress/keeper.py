@@ -192,6 +192,12 @@ class MaskKeeper(Defense):
             model = finisher.finish(model, self._made(model, derive_seed(self._seed, "finish", number)))
         return model
 
+    def trainings(self, model: nn.Module) -> list[tuple[str, Defense]]:
+        """Return what a model's quantization asks of its training, with labels."""
+        made = self._made(model, derive_seed(self._seed, "training", 0))
+        found = [(f"quantized#{number}", one.training(made)) for number, one in enumerate(self.quantizers)]
+        return [(label, defense) for label, defense in found if defense is not None]
+
     def quantize(self, model: nn.Module) -> nn.Module:
         """Return the quantized model of a finished one; the model itself where nothing quantizes it."""
         for number, quantizer in enumerate(self.quantizers):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,13 +39,17 @@ def register_kernels() -> None:
 
 
 def quantized_graph(
-    model: nn.Module, shape: tuple[int, int, int], batches: Iterable[Tensor], bits: int = 8, *, averaged: bool = False
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    batches: Iterable[Tensor],
+    bits: int = 8,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> fx.GraphModule:
     """Return the quantized graph of a plain model for any batch size; float weights that nothing uses are gone.
 
-    batches: calibration images (N, C, H, W) in [0, 1]. bits: 8, or less on the same grid of bytes. averaged: ranges of
-    activations are moving averages over the batches, as training with fake quantization has them, instead of those
-    with the least squared error. The model is left alone.
+    batches: calibration images (N, C, H, W) in [0, 1]: activations get the range with the least squared error. bits: 8,
+    or less on the same grid of bytes. ranges: of the inputs of layers by their names, as a training with fake
+    quantization left them; all others are moving averages then, as in that training. The model is left alone.
 
     Raises:
         UsageError: torchao is not installed.
@@ -61,11 +65,12 @@ def quantized_graph(
         graph = _exported(plain, shape)
         _without_dropout(graph)
         _without_lone_norms(graph)
-        quantizer = X86InductorQuantizer().set_global(_config(bits, averaged))
+        quantizer = X86InductorQuantizer().set_global(_config(bits, averaged=ranges is not None))
         prepared = prepare_pt2e(graph, quantizer)
         with torch.no_grad():
             for x in batches:
                 prepared(x.cpu())
+        _set_ranges(prepared, ranges or {})
         converted: fx.GraphModule = convert_pt2e(prepared)
     except (UsageError, MemoryError, KeyboardInterrupt):
         raise
@@ -98,7 +103,7 @@ def _exported(model: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModule:
     return module
 
 
-def _config(bits: int, averaged: bool) -> Any:  # noqa: ANN401
+def _config(bits: int, *, averaged: bool) -> Any:  # noqa: ANN401
     """Return what a layer's input and weight are rounded to: bits of 8 as x86 has them, fewer in the same bytes."""
     from torchao.quantization.pt2e.observer import (
         HistogramObserver,
@@ -127,6 +132,25 @@ def _config(bits: int, averaged: bool) -> Any:  # noqa: ANN401
         observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=LEAST_SCALE),
     )
     return QuantizationConfig(activation, activation, weight, None, False)
+
+
+def _set_ranges(prepared: fx.GraphModule, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Give the observers of layers' inputs these ranges; the layer is told by the name of its weight."""
+    for node in prepared.graph.nodes:
+        if node.target not in CONVOLUTIONS:
+            continue
+        name, observer = _origin(node.args[1]), node.args[0]
+        if name in ranges and observer.op == "call_module":
+            watcher = prepared.get_submodule(str(observer.target))
+            for bound, value in zip(("min_val", "max_val"), ranges[name], strict=True):
+                setattr(watcher, bound, torch.tensor(value))
+
+
+def _origin(weight: Any) -> str:  # noqa: ANN401
+    """Return the name of the layer whose weight a node gives, through the weight's own observer."""
+    while isinstance(weight, fx.Node) and weight.op != "get_attr":
+        weight = weight.args[0] if weight.args else None
+    return str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) else ""
 
 
 def _without_dropout(module: fx.GraphModule) -> None:

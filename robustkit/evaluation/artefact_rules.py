@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
-from robustkit.results import Flag
+from robustkit.results import Flag, Severity
 
 Bools = NDArray[np.bool_]
 STRONGER = 0.02
@@ -20,25 +20,31 @@ BITS_HINT = "attack with more steps and restarts, and quote the union only"
 def stronger_flags(quantized: Bools, floating: Bools, *, trained: bool) -> list[Flag]:
     """Return a flag where a quantized model is right under attack on 2 points more than the float one that it is of.
 
-    Rounding adds no robustness (Bernhard et al. 2019, arXiv 1909.12741): *wrong* where it is significant and nothing was
-    trained in between.
+    Rounding adds no robustness (Bernhard et al. 2019, arXiv 1909.12741): *wrong* where it is significant, a note where
+    the model was `trained` in between, which may be why.
     """
-    found = stats.paired(quantized, floating)
+    found = stats.paired(floating, quantized)
     if found.difference <= STRONGER:
         return []
+    if trained:
+        message = (
+            f"{found.difference:.1%} more withstand attacks than of its float parent (p = {found.p:.2g}): it was trained "
+            "since, which may be why; rounding alone adds no robustness"
+        )
+        return [Flag(id="int8-stronger", severity="note", message=message)]
     message = (
-        f"withstands {found.difference:.1%} more than the float model that it was made of (p = {found.p:.2g}): rounding "
-        f"hides gradients and does not defend; {BITS_HINT}"
+        f"{found.difference:.1%} more withstand attacks than of the float model that it was made of (p = "
+        f"{found.p:.2g}): rounding hides gradients and does not defend; {BITS_HINT}"
     )
-    wrong = not trained and found.p < SIGNIFICANT
-    return [Flag(id="int8-stronger", severity="wrong" if wrong else "doubt", message=message)]
+    severity: Severity = "wrong" if found.p < SIGNIFICANT else "doubt"
+    return [Flag(id="int8-stronger", severity=severity, message=message)]
 
 
 def missed_flags(surrogate: Bools, transfer: Bools, square: Bools) -> list[Flag]:
     """Return a flag for each way that fools more than 1 % of the examples which attacks on the surrogate miss.
 
-    surrogate, transfer, square (N,): right under the attacks on the surrogate, under the float models' images, and under
-    queries of the quantized model.
+    surrogate, transfer, square (N,): right under the attacks on the surrogate, under the float models' images, and
+    under queries of the quantized model.
     """
     found = []
     for name, other in (("images of the float models", transfer), ("Square on the quantized model", square)):
@@ -46,8 +52,8 @@ def missed_flags(surrogate: Bools, transfer: Bools, square: Bools) -> list[Flag]
         share = missed / max(1, surrogate.size)
         if share > MISSED:
             message = (
-                f"{name} fool {missed} examples ({share:.1%}) that attacks on the surrogate miss: its gradients mislead; "
-                f"the worst case counts them; {BITS_HINT}"
+                f"{name} fool {missed} examples ({share:.1%}) that attacks on the surrogate miss: its gradients "
+                f"mislead; the worst case counts them; {BITS_HINT}"
             )
             found.append(Flag(id="int8-missed", severity="doubt", message=message))
     return found

@@ -53,6 +53,8 @@ def fit_step(bench: Workbench, step: Step) -> None:
         kept = kept_epochs(bench.recipe, variant)
         epochs = EpochKeeper(kept)
         defenses = [*_defenses(bench, variant, keeper), *([("epochs", epochs)] if kept else [])]
+        # The last to be put in and the first to be taken out: what is rounded is what the others make of a layer.
+        defenses += keeper.trainings(model) if keeper is not None else []
         teach(bench, step, defenses)
         fitted = fit(
             model,

@@ -67,7 +67,8 @@ def export(
     compared with the model's on up to 256 test images of the run. `out`: default RUN/exports/VARIANT-seedN.FORMAT.
     `int8`: the model is quantized first, with 512 training images of the run for the ranges of activations: by ONNX
     Runtime for onnx, by PyTorch (extra `[int8]`) for the others. A variant that is int8 needs no such word; of int8
-    models predictions must agree, not logits. `seed`: default the run's first. A run on code of a user's own needs `trust_plugins=True`: that code is run.
+    models predictions must agree, not logits. `seed`: default the run's first. A run on code of a user's own needs
+    `trust_plugins=True`: that code is run.
 
     Raises:
         UsageError: no such run, variant, seed or format; packages are missing; code is not trusted; the variant is an
@@ -84,6 +85,8 @@ def export(
     dataset = _dataset(recipe, trust_plugins)
     images = fixed_subset(dataset.test, recipe.evaluate.examples).floats(0, IMAGES)
     changed, floating = None, model
+    if int8 and isinstance(model, Wrapped):
+        raise UsageError(f"{variant} has inference wrappers, which cannot be quantized: leave --int8 out")
     if int8:
         training = fixed_subset(dataset.train, CALIBRATION)
         model = as_int8(model, kind, training.floats(0, CALIBRATION))

@@ -31,8 +31,8 @@ def command(
     """Write the model of VARIANT of RUN (a run's folder), checked against PyTorch on the run's test images.
 
     The file takes images in [0, 1] in batches of any size and holds no image. safetensors is for robustkit.load, onnx
-    for ONNX Runtime and others (needs the extra [onnx]), pt2 for torch.export.load. --int8 quantizes with training images
-    of the run; a variant that is int8 is written as it is, without it.
+    for ONNX Runtime and others (needs the extra [onnx]), pt2 for torch.export.load. --int8 quantizes with training
+    images of the run; a variant that is int8 is written as it is, without it.
     """
     from robustkit.artefacts import export
 

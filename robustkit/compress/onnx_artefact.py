@@ -17,6 +17,7 @@ from robustkit.models.onnx_model import OnnxModel
 from robustkit.models.quantization import Quantization
 from robustkit.models.quantized import Quantized
 from robustkit.params import PositiveInt
+from robustkit.train.hooks import Defense
 
 APART = 0.01
 """Such a share of images may the view of a quantized file classify otherwise than the file."""
@@ -33,10 +34,9 @@ def as_onnx(model: nn.Module, images: Tensor) -> OnnxModel:
     """
     plain = copy.deepcopy(model).cpu().eval()
     data = to_onnx(plain.artefact if isinstance(plain, Quantized) else plain, _shape(images))
-    quantized = isinstance(plain, Quantized)
-    made = plain.made.model_copy(update={"runtime": "onnxruntime"}) if quantized else None
+    made = plain.made.model_copy(update={"runtime": "onnxruntime"}) if isinstance(plain, Quantized) else None
     found = OnnxModel(data, made)
-    agreement(plain, onnx_runner(data), images.cpu(), "the ONNX file", exact=not quantized)
+    agreement(plain, onnx_runner(data), images.cpu(), "the ONNX file", exact=made is None)
     return found.eval()
 
 
@@ -85,6 +85,10 @@ class Onnx:
     int8: bool = False
     images: PositiveInt = 512
     queries: PositiveInt = 1000
+
+    def training(self, context: CompressContext) -> Defense | None:
+        """Return what the variant is trained with to become a file: nothing."""
+        return None
 
     def quantize(self, model: nn.Module, context: CompressContext) -> nn.Module:
         """Return the ONNX model.

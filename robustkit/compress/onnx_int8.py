@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from robustkit.errors import ModelError
+from robustkit.models.onnx_model import parse
 
 BATCH = 64
 """Calibration images at a time."""
@@ -54,7 +55,14 @@ def to_int8(data: bytes, images: Tensor) -> bytes:
         except Exception as error:  # the quantizer raises whatever a node of the graph does
             first = str(error).strip().partition("\n")[0]
             raise ModelError(f"ONNX Runtime cannot quantize the model: {type(error).__name__}: {first}") from error
-        return Path(made).read_bytes()
+        return _stripped(Path(made).read_bytes())
+
+
+def _stripped(data: bytes) -> bytes:
+    """Return the file without the shapes in between, which every runtime works out itself."""
+    proto = parse(data)
+    del proto.graph.value_info[:]
+    return bytes(proto.SerializeToString())
 
 
 def _reader(images: Tensor) -> Any:  # noqa: ANN401

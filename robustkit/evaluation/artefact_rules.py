@@ -69,8 +69,8 @@ def surrogate_flags(disagreeing: int, n: int, *, exact: bool = True) -> list[Fla
         return []
     if not exact and disagreeing <= MISSED * n:
         message = (
-            f"the view that attacks take and ONNX Runtime disagree on {disagreeing} of {n} clean test images, where two "
-            "classes nearly tie; ONNX Runtime judged, so that the worst case counts"
+            f"the view that attacks take and ONNX Runtime disagree on {disagreeing} of {n} clean test images; ONNX "
+            "Runtime judged, so that the worst case counts, and attacks on the view may miss a little"
         )
         return [Flag(id="int8-surrogate", severity="doubt", message=message)]
     message = (

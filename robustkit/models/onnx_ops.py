@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -170,6 +171,11 @@ def _reshape(given: Given, inputs: Inputs) -> Tensor:
     return x.reshape(sizes)
 
 
+def _flatten(given: Given, inputs: Inputs) -> Tensor:
+    (x,) = need(inputs, 1)
+    return x.reshape(math.prod(x.shape[: given.get("axis", 1)]), -1)
+
+
 def _clip(given: Given, inputs: Inputs) -> Tensor:
     (x,) = need(inputs, 1)
     low, high = _optional(inputs, 1), _optional(inputs, 2)
@@ -207,7 +213,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "ReduceMax": _reduce(torch.amax),
     "ReduceSum": _reduce(torch.sum),
     "Reshape": _reshape,
-    "Flatten": lambda given, inputs: need(inputs, 1)[0].flatten(given.get("axis", 1)),
+    "Flatten": _flatten,
     "Transpose": lambda given, inputs: need(inputs, 1)[0].permute(given["perm"]),
     "Concat": lambda given, inputs: torch.cat(need(inputs, len(inputs)), given["axis"]),
     "Add": _binary(torch.add),

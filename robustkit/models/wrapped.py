@@ -68,5 +68,5 @@ def has_view(model: nn.Module) -> bool:
 
 
 def without_gradient(model: nn.Module) -> bool:
-    """Say whether a model's answers have no gradient, so that attacks on it as deployed cannot climb: quantized, or ONNX."""
+    """Say whether a model's answers have no gradient, so that attacks on it as deployed cannot climb it."""
     return isinstance(model.plain if isinstance(model, Wrapped) else model, Quantized | OnnxModel)

@@ -27,7 +27,7 @@ def queries_of(use: Use) -> int:
 
 
 def lacks_packages(variants: Iterable[VariantSpec]) -> str | None:
-    """Return what to install where a variant is quantized or ONNX and packages are missing; None where nothing lacks."""
+    """Return what to install where a variant needs packages that are missing; None where nothing lacks."""
     for variant in variants:
         for name, packages in ((INT8, (NEEDS,)), (ONNX, ONNX_PACKAGES)):
             missing = [one for one in packages if importlib.util.find_spec(one) is None]

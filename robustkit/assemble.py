@@ -12,6 +12,7 @@ from robustkit.evaluation.distances import MinimumDistances
 from robustkit.evaluation.reporting import curve_flags, default_of, same_attack_flags, training_of
 from robustkit.evaluation.rules import silent_flags
 from robustkit.evaluation.ways import adaptive_notes, adaptive_of
+from robustkit.honest import Made, cost_notes
 from robustkit.judging import Correct, evaluate_gate, unmeasured
 from robustkit.missing import attack_flags, failures_of, latency_key, undecided, unsound_flags
 from robustkit.per_example import write_arrays, write_gallery
@@ -22,7 +23,8 @@ from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.spec import Recipe
 from robustkit.report.pareto import mark_pareto
 from robustkit.results import Audit, Corruptions, Curve, Flag, Paired, Results, VariantResult
-from robustkit.store import MODEL, Store
+from robustkit.speed import compared
+from robustkit.store import ONNX, Store
 
 Identity = tuple[str, int]
 
@@ -41,8 +43,9 @@ def assemble(plan: Plan, store: Store, provenance: Mapping[str, Any], failed: Ma
             if found is not None:
                 evaluated[variant.label, seed] = found
                 classes = classes or list(found.records["measure"].get("classes", []))
-    latency = _latency(plan, store, failed)
-    rows = [_row(plan, store, one, evaluated, latency, classes, failed) for one in evaluated.values()]
+    timed = _timed(plan, store, failed)
+    rows = [_row(plan, store, one, evaluated, timed, classes, failed) for one in evaluated.values()]
+    rows = _with_costs(plan, rows, evaluated, provenance)
     results = Results(
         name=recipe.name,
         threat=_threat(recipe),
@@ -91,13 +94,32 @@ def _lookup(evaluated: Mapping[Identity, Evaluated]) -> Correct:
     return correct
 
 
-def _latency(plan: Plan, store: Store, failed: Container[str]) -> dict[str, dict[str, Any]]:
-    for step in plan.steps:
-        if step.kind == "latency":
-            record = store.record(latency_key(step, failed)) or {}
-            found: dict[str, dict[str, Any]] = record.get("latency", {})
-            return found
-    return {}
+def _timed(plan: Plan, store: Store, failed: Container[str]) -> dict[str, Any]:
+    step = next((one for one in plan.steps if one.kind == "latency"), None)
+    return (store.record(latency_key(step, failed)) if step else None) or {}
+
+
+def _with_costs(
+    plan: Plan, rows: Sequence[VariantResult], evaluated: Mapping[Identity, Evaluated], provenance: Mapping[str, Any]
+) -> list[VariantResult]:
+    """Return the rows with their timings compared, and what compression brought in words."""
+    rows, extensions = compared(rows), provenance.get("cpu", {}).get("extensions", ())
+
+    def made(row: VariantResult) -> Made:
+        quantized = evaluated[row.name, row.seed].records["fit"].get("quantization") or {}
+        return Made(_compressed(plan, row.name), quantized.get("bits"), extensions)
+
+    return [row.model_copy(update={"cost_notes": cost_notes(row, rows, made(row))}) for row in rows]
+
+
+def _compressed(plan: Plan, label: str | None) -> list[str]:
+    """Return the names of the methods that a variant and those that it descends from were compressed by."""
+    found: list[str] = []
+    while label is not None:
+        variant = plan.recipe.variant(label)
+        found += [use.name for use in variant.compress]
+        label = variant.parent
+    return found
 
 
 def _row(
@@ -105,7 +127,7 @@ def _row(
     store: Store,
     one: Evaluated,
     evaluated: Mapping[Identity, Evaluated],
-    latency: Mapping[str, dict[str, Any]],
+    timed: Mapping[str, Any],
     classes: list[str],
     failed: Mapping[str, str],
 ) -> VariantResult:
@@ -113,7 +135,10 @@ def _row(
     fit, measure = one.records["fit"], one.records["measure"]
     rates = one.rates()
     # Latency is measured on the first seed's models; the other seeds have the same architecture.
-    measured = latency.get(plan.fit_keys[one.variant, plan.recipe.seeds[0]], {})
+    key, own = plan.fit_keys[one.variant, plan.recipe.seeds[0]], plan.fit_keys[one.variant, one.seed]
+    file = store.model_name(own)
+    measured = timed.get("latency", {}).get(key, {})
+    untimed = timed.get("untimed", {}).get(key, {})
     parent = evaluated.get((variant.parent, one.seed)) if variant.parent else None
     curves = _curves(plan, one)
     return VariantResult(
@@ -146,10 +171,15 @@ def _row(
         bytes=measure["bytes"],
         gzip_bytes=measure["gzip_bytes"],
         macs=measure["macs"],
+        activation_bytes=measure.get("activation_bytes"),
+        channels=measure.get("channels"),
+        zero_channels=measure.get("zero_channels"),
         sparsity=measure["sparsity"],
         layers=measure["layers"],
         latency_ms={batch: values["median"] for batch, values in measured.items()},
         latency=measured,
+        runtime="onnxruntime" if file == ONNX else "eager",
+        timings=timed.get("timings", {}).get(key, []),
         epochs=fit.get("epochs", []),
         best_epoch=fit.get("best_epoch"),
         flags=[
@@ -161,7 +191,7 @@ def _row(
         ],
         notes=[
             *fit.get("notes", []),
-            *measure.get("notes", []),
+            *(f"latency in {runtime} was not measured: {why}" for runtime, why in untimed.items()),
             *_audited(one),
             *adaptive_notes(one.correct["clean"], one.ways),
             *quantized_notes(one),
@@ -172,7 +202,7 @@ def _row(
         train_seconds=round(float(fit.get("train_seconds", 0.0)), 3),
         arrays=write_arrays(store, one),
         gallery=write_gallery(plan, store, one),
-        model=f"steps/{plan.fit_keys[one.variant, one.seed]}/{MODEL}",
+        model=f"steps/{own}/{file}",
     )
 
 

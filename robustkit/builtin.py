@@ -126,6 +126,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "recalibrate": "robustkit.compress.recalibrate:Recalibrate",
         "shrink": "robustkit.compress.shrink:Shrink",
         "int8": "robustkit.compress.int8:Int8",
+        "onnx": "robustkit.compress.onnx_artefact:Onnx",
     },
     "attack": {
         "noise": "robustkit.attacks.noise:Noise",

@@ -14,7 +14,18 @@ from typing import Any
 
 from robustkit import __version__
 
-PACKAGES = ("torch", "torchvision", "torchattacks", "torch-pruning", "numpy", "scipy", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torchattacks",
+    "torch-pruning",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+)
 
 
 def collect(command: list[str] | None = None) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def cpu() -> dict[str, Any]:
     name = re.search(r"model name\s*:\s*(.+)", text)
     flags = re.search(r"flags\s*:\s*(.+)", text)
     present = set(flags.group(1).split()) if flags else set()
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
     return {
         "name": name.group(1).strip() if name else platform.processor(),
         "cores": os.cpu_count(),

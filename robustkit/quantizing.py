@@ -48,8 +48,9 @@ def quantized_flags(plan: Plan, one: Evaluated, parent: Evaluated | None, failed
     found = quantized_of(one)
     if found is None or one.surrogate is None:
         return []
+    made = one.records["fit"]["quantization"]
     flags = missed_flags(one.surrogate, one.beside["transfer"], one.beside["square"])
-    flags += surrogate_flags(found.disagreeing, found.union.n)
+    flags += surrogate_flags(found.disagreeing, found.union.n, exact=made.get("runtime", "torch") == "torch")
     if parent is not None and set(parent.attacks) == set(one.attacks):
         trained = plan.recipe.variant(one.variant).train is not None
         flags += stronger_flags(one.correct["worst"], parent.correct["worst"], trained=trained)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, field_validator
 
 from robustkit.records.accuracy import Corruptions, Flag, Paired, Rate, Severity
-from robustkit.records.costs import Latency, LayerSparsity
+from robustkit.records.costs import Latency, LayerSparsity, Timing
 from robustkit.records.fields import Amount, Count, Name, Record, Share, Text, one_line, printable
 from robustkit.records.gates import GateResult, GateVerdict, StepFailure
 from robustkit.records.poisoning import Filtered, Poisoning, Tolerance
@@ -38,6 +38,7 @@ __all__ = [
     "Results",
     "Severity",
     "StepFailure",
+    "Timing",
     "Tolerance",
     "VariantResult",
     "printable",
@@ -90,15 +91,26 @@ class VariantResult(Record):
     bytes: Count
     gzip_bytes: Count
     macs: Count
+    activation_bytes: Count | None = None
+    """The most that one image's forward holds at once, the image included, weights not."""
+    channels: Count | None = None
+    zero_channels: Count | None = None
+    """Of the output channels of convolutions and linear layers: those that have no weight left."""
     latency_ms: dict[Name, Amount] = Field(default_factory=dict)
     """Medians: {"batch_1": ms, "batch_256": ms}"""
     latency: dict[Name, Latency] = Field(default_factory=dict)
+    runtime: Name = "eager"
+    """What `latency` is of: what the variant's file is for."""
+    timings: list[Timing] = Field(default_factory=list)
+    """With `evaluate.latency: full` or a list of runtimes."""
     sparsity: Share = 0.0
     layers: list[LayerSparsity] = Field(default_factory=list)
     epochs: list[EpochRow] = Field(default_factory=list)
     best_epoch: Count | None = None
     flags: list[Flag] = Field(default_factory=list)
     notes: list[Text] = Field(default_factory=list)
+    cost_notes: list[Text] = Field(default_factory=list)
+    """Of a compressed variant: what was done brought in size and speed, as measured."""
     forwards: Count = 0
     backwards: Count = 0
     seconds: Amount = 0.0

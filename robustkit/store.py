@@ -22,6 +22,7 @@ from robustkit.errors import RobustkitError, UsageError
 
 RECORD = "record.json"
 MODEL = "model.safetensors"
+ONNX = "model.onnx"
 STATE = "state.pt"
 PARTIAL = "partial.npz"
 
@@ -92,6 +93,10 @@ class Store:
     def step(self, key: str) -> Path:
         """Return the folder of a step."""
         return self.folder / "steps" / key
+
+    def model_name(self, key: str) -> str:
+        """Return the name of the file that a fit step's model is: ONNX where it was made that, else safetensors."""
+        return ONNX if (self.step(key) / ONNX).is_file() else MODEL
 
     def record(self, key: str) -> dict[str, Any] | None:
         """Return the record of a finished step, or None where it is not done or a file of it is broken."""

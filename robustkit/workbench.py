@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,11 +81,15 @@ class Workbench:
 
     def load(self, key: str, name: str = MODEL, *, wrapped: bool = True) -> nn.Module:
         """Return a fresh copy of a stored model of a fit step, in eval mode on the device; wrapped as deployed."""
-        path = self.store.step(key) / name
+        path = self.artefact(key) if name == MODEL else self.store.step(key) / name
         model = load_model(
             path, folder=self.recipe.folder, plugins=self.recipe.plugins, trust_plugins=True, wrapped=wrapped
         )
         return model.to(self.device).eval()
+
+    def artefact(self, key: str) -> Path:
+        """Return the file of a fit step's model."""
+        return self.store.step(key) / self.store.model_name(key)
 
     def create(self, kind: registry.Kind, use: Use) -> object:
         """Return the plugin that a use in the recipe asks for."""

@@ -59,10 +59,20 @@ def missed_flags(surrogate: Bools, transfer: Bools, square: Bools) -> list[Flag]
     return found
 
 
-def surrogate_flags(disagreeing: int, n: int) -> list[Flag]:
-    """Return a *wrong* flag where the surrogate classifies clean test images otherwise than the quantized model."""
+def surrogate_flags(disagreeing: int, n: int, *, exact: bool = True) -> list[Flag]:
+    """Return a *wrong* flag where the surrogate classifies clean test images otherwise than the quantized model.
+
+    exact: it should be equal bit for bit. Another runtime rounds now and then to the neighbouring step of the grid, so
+    that up to 1 % of the images are a *doubt*.
+    """
     if not disagreeing:
         return []
+    if not exact and disagreeing <= MISSED * n:
+        message = (
+            f"the view that attacks take and ONNX Runtime disagree on {disagreeing} of {n} clean test images; ONNX "
+            "Runtime judged, so that the worst case counts, and attacks on the view may miss a little"
+        )
+        return [Flag(id="int8-surrogate", severity="doubt", message=message)]
     message = (
         f"the surrogate and the quantized model disagree on {disagreeing} of {n} clean test images: attacks on the "
         "surrogate say nothing of the model"

@@ -32,16 +32,24 @@ def adaptive(attack: Attack, model: nn.Module) -> Attack:
 def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
     """Return what the sanity checks look at: the view of a model that has one if it answers the same, else the model.
 
-    Such a view is the same function with better gradients: what it hides is hidden, what it shows is dealt with.
+    Such a view is the same function with better gradients: what it hides is hidden, what it shows is dealt with. What
+    has no gradient at all is looked at through its view in any case; how far the two agree is measured elsewhere.
     images: (N, C, H, W) uint8.
     """
     if not has_view(model):
         return model
     view = view_of(model)
+    if without_gradient(model):
+        return view
     with torch.no_grad():
         floats = images.to(torch.float32) / 255
         same = torch.equal(view(floats), model(floats))
     return view if same else model
+
+
+def looked_at(model: nn.Module) -> nn.Module:
+    """Return what checks of gradients look at: the view of a model without any, else the model."""
+    return view_of(model) if without_gradient(model) else model
 
 
 def on_view(flags: Sequence[Flag]) -> list[Flag]:

@@ -11,10 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from robustkit.errors import ModelError
 from robustkit.models.build import Shape
+from robustkit.models.onnx_model import onnx_metadata
 from robustkit.models.quantized_file import QuantizedFile
 from robustkit.models.widths import Width
 
 FORMAT = "robustkit/1"
+ONNX_SUFFIX = ".onnx"
 MAX_SIDE = 65_536
 MAX_MEMBERS = 10_000
 
@@ -56,7 +58,7 @@ def is_model_file(path: Path) -> bool:
     Raises:
         ModelError: there is no such file, or it is named .safetensors and cannot be read.
     """
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix not in (".safetensors", ONNX_SUFFIX):
         return False
     return "robustkit" in _metadata(path)
 
@@ -87,6 +89,8 @@ def read_architecture(path: Path) -> Architecture:
 def _metadata(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file")
+    if path.suffix == ONNX_SUFFIX:
+        return onnx_metadata(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}

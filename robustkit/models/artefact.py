@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from robustkit import registry
 from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
-from robustkit.models.architecture import FORMAT, Architecture, Wrapper, read_architecture
+from robustkit.models.architecture import FORMAT, ONNX_SUFFIX, Architecture, Wrapper, read_architecture
 from robustkit.models.build import build_inner
 from robustkit.models.meta import at_most, without_memory
 from robustkit.models.normalized import Normalized
+from robustkit.models.onnx_model import OnnxModel, load_onnx, with_metadata
 from robustkit.models.quantized import Quantized
 from robustkit.models.quantized_file import QuantizedFile, load_quantized
 from robustkit.models.vote import Vote
@@ -49,6 +50,8 @@ def save_model(
     `wrappers`: the defenses that wrap it for inference; `members`: the files of models that answer beside it, which
     are written into this one.
     """
+    if isinstance(model, OnnxModel) and members:
+        raise ModelError(f"{path}: an ONNX file has no room for models that answer beside its own")
     held = model.tensors() if isinstance(model, Quantized) else model.state_dict()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in held.items()}
     described = []
@@ -70,10 +73,15 @@ def save_model(
         quantized=QuantizedFile(made=model.made, program=model.program) if isinstance(model, Quantized) else None,
     )
     told = architecture.model_dump_json(exclude={"quantized"} if architecture.quantized is None else None)
+    if isinstance(model, OnnxModel):
+        write_atomic(path, with_metadata(model, told))
+        return
     write_atomic(path, save(tensors, metadata={"robustkit": told}))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ONNX_SUFFIX:
+        raise ModelError(f"{path}: an ONNX file cannot answer beside another model")
     with safe_open(str(path), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -118,7 +126,8 @@ def load_model(
     """
     path = Path(path)
     described = read_architecture(path)
-    source = _Source(path, _names(path), folder, tuple(plugins), trust_plugins)
+    names = frozenset() if path.suffix == ONNX_SUFFIX else _names(path)
+    source = _Source(path, names, folder, tuple(plugins), trust_plugins)
     stray = [
         name for name in source.names if name.startswith(BESIDE) and not name.startswith(tuple(_prefixes(described)))
     ]
@@ -147,11 +156,11 @@ def _made(source: _Source, described: Architecture, prefix: str = "", *, wrapped
     wrappers = [
         _wrapper(source, described, number, prefix) for number in range(len(described.wrappers) if wrapped else 0)
     ]
-    if described.quantized is not None:
+    if source.path.suffix == ONNX_SUFFIX:
+        model: nn.Module = load_onnx(source.path, len(described.classes), described.shape)
+    elif described.quantized is not None:
         # Its graph is in the file, so that no code of its architecture is run.
-        model: nn.Module = load_quantized(
-            source.path, described.quantized, described.shape, len(described.classes), own, prefix
-        )
+        model = load_quantized(source.path, described.quantized, described.shape, len(described.classes), own, prefix)
     else:
         model = _floating(source, described, own, prefix)
     return Wrapped(model, wrappers).eval() if wrappers else model.eval()

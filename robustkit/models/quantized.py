@@ -6,25 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, fx, nn
 
+from robustkit.models.onnx_model import OnnxModel
 from robustkit.models.program import Program, as_graph
+from robustkit.models.quantization import Quantization
 
+__all__ = ["Quantization", "Quantized", "made_of", "round_trip", "surrogate_of"]
 _BYTES = torch.ops.quantized_decomposed
-
-
-class Quantization(BaseModel):
-    """How a model was quantized: bits, and the training images that gave the ranges of its activations."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    bits: int = Field(ge=2, le=8)
-    calibration_images: int = Field(ge=0)
-    calibration_sha256: str = ""
-    """Of the images as they lie in memory, uint8 (N, C, H, W)."""
-    trained: bool = False
-    """Whether it was trained with fake quantization."""
 
 
 class _RoundTrip(torch.autograd.Function):
@@ -121,4 +110,5 @@ def _replace_weight(graph: fx.Graph, node: fx.Node, root: nn.Module) -> None:
 
 def made_of(model: nn.Module) -> dict[str, Any] | None:
     """Return how a model was quantized, as plain values; None for one that is not."""
-    return model.made.model_dump() if isinstance(model, Quantized) else None
+    made = model.made if isinstance(model, Quantized | OnnxModel) else None
+    return None if made is None else made.model_dump()

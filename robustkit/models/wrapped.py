@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from robustkit.attacks.counting import CountedModel
+from robustkit.models.onnx_model import OnnxModel
 from robustkit.models.quantized import Quantized
 from robustkit.train.hooks import Defense
 
@@ -50,11 +51,11 @@ class Wrapped(nn.Module):
 
 
 def view_of(model: nn.Module) -> nn.Module:
-    """Return what an adaptive attack on a model attacks: its view where it is wrapped or quantized, else the model."""
-    if isinstance(model, Wrapped | Quantized):
+    """Return what an adaptive attack on a model attacks: its view where it is wrapped, quantized or ONNX, else it."""
+    if isinstance(model, Wrapped | Quantized | OnnxModel):
         return model.view()
     inner = getattr(model, "model", None)
-    if isinstance(model, CountedModel) and isinstance(inner, Wrapped | Quantized):
+    if isinstance(model, CountedModel) and isinstance(inner, Wrapped | Quantized | OnnxModel):
         return CountedView(model, inner.view())
     # What watches or translates a model has it as `model`.
     return view_of(inner) if isinstance(inner, nn.Module) else model
@@ -73,10 +74,10 @@ class CountedView(nn.Module):
 
 
 def has_view(model: nn.Module) -> bool:
-    """Say whether attacks take something else than the model itself: it is wrapped, or quantized."""
-    return isinstance(model, Wrapped | Quantized)
+    """Say whether attacks take something else than the model itself: it is wrapped, quantized, or ONNX."""
+    return isinstance(model, Wrapped | Quantized | OnnxModel)
 
 
 def without_gradient(model: nn.Module) -> bool:
-    """Say whether a model's answers have no gradient, so that attacks on it as deployed cannot climb: quantized."""
-    return isinstance(model.plain if isinstance(model, Wrapped) else model, Quantized)
+    """Say whether a model's answers have no gradient, so that attacks on it as deployed cannot climb it."""
+    return isinstance(model.plain if isinstance(model, Wrapped) else model, Quantized | OnnxModel)

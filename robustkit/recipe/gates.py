@@ -11,7 +11,17 @@ from robustkit.params import parse_number
 ACCURACIES = ("clean", "worst")
 POISONED = ("success",)
 """What is measured where the training data are poisoned: the attack success rate."""
-SIZES = ("latency", "bytes", "gzip_bytes", "parameters", "nonzero", "macs", "sparsity", "train_seconds")
+SIZES = (
+    "latency",
+    "bytes",
+    "gzip_bytes",
+    "parameters",
+    "nonzero",
+    "macs",
+    "activation_bytes",
+    "sparsity",
+    "train_seconds",
+)
 CORRUPTED = ("corrupted",)
 """What is measured where images are corrupted: the mean accuracy over all corruptions and severities."""
 RESERVED = (*ACCURACIES, *POISONED, *CORRUPTED, *SIZES)

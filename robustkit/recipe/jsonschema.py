@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from robustkit import registry
+from robustkit.recipe.spec import RUNTIMES
 
 NUMBER = {"type": ["number", "string"]}
 
@@ -48,7 +49,13 @@ def recipe_schema() -> dict[str, Any]:
             "batch_size": {"type": "integer", "minimum": 1},
             "attacks": {"type": "array", "items": _use("attack")},
             "eps_curve": {"type": "array", "items": NUMBER},
-            "latency": {"type": "boolean"},
+            "latency": {
+                "anyOf": [
+                    {"type": "boolean"},
+                    {"enum": ["full", *RUNTIMES]},
+                    {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"enum": list(RUNTIMES)}},
+                ]
+            },
             "gallery": {"type": "integer", "minimum": 0, "maximum": 64},
             "certify": {"anyOf": [_use("certificate"), {"type": "array", "items": _use("certificate")}]},
             "corruptions": {"type": "boolean"},

@@ -188,7 +188,7 @@ def _evaluation_steps(
     threat = _threat(recipe.threat)
     clean = content_key(kind="clean", **common)
     steps = [
-        Step("measure", content_key(kind="measure", model=fit), label, seed, (fit,), description="costs"),
+        Step("measure", content_key(kind="measure", model=fit, version=2), label, seed, (fit,), description="costs"),
         Step("clean", clean, label, seed, (fit,), description="clean accuracy"),
     ]
     attacks = _attack_steps(recipe, variant, seed, (fit, clean), common, attack_keys, source_hash)
@@ -316,8 +316,10 @@ def _latency_step(recipe: Recipe, fit_keys: Mapping[tuple[str, int], str]) -> St
     """Latency compares the variants in one interleaved measurement, so it belongs to the set of models."""
     first = recipe.seeds[0]
     models = tuple(fit_keys[variant.label, first] for variant in recipe.variants)
-    key = content_key(kind="latency", models=sorted(set(models)))
-    return Step("latency", key, "", first, models, description="latency, interleaved")
+    runtimes = recipe.evaluate.runtimes
+    key = content_key(kind="latency", models=sorted(set(models)), **({"runtimes": runtimes} if runtimes else {}))
+    told = f", {', '.join(runtimes)}" if runtimes else ""
+    return Step("latency", key, "", first, models, description=f"latency, interleaved{told}")
 
 
 def _threat(threat: ThreatSpec) -> dict[str, object]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from robustkit.recipe.spec import Use, VariantSpec
 
-INT8 = "int8"
+INT8, ONNX = "int8", "onnx"
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 QUERIES = 1000
 """Queries of the Square attack on a quantized model, where the recipe gives none."""
 NEEDS = "torchao"
@@ -15,7 +16,7 @@ NEEDS = "torchao"
 
 def quantizer_of(compress: Iterable[Use]) -> Use | None:
     """Return the use that quantizes, or None."""
-    return next((use for use in compress if use.name == INT8), None)
+    return next((use for use in compress if use.name == INT8 or (use.name == ONNX and use.parameters.get(INT8))), None)
 
 
 def queries_of(use: Use) -> int:
@@ -26,11 +27,13 @@ def queries_of(use: Use) -> int:
 
 
 def lacks_packages(variants: Iterable[VariantSpec]) -> str | None:
-    """Return what to install where a variant is quantized and torchao is not there; None where nothing lacks."""
-    named = next((one.label for one in variants if quantizer_of(one.compress)), None)
-    if named is None or importlib.util.find_spec(NEEDS) is not None:
-        return None
-    return f"{named}: int8 needs {NEEDS}: pip install 'robustkit[int8]'"
+    """Return what to install where a variant needs packages that are missing; None where nothing lacks."""
+    for variant in variants:
+        for name, packages in ((INT8, (NEEDS,)), (ONNX, ONNX_PACKAGES)):
+            missing = [one for one in packages if importlib.util.find_spec(one) is None]
+            if missing and any(use.name == name for use in variant.compress):
+                return f"{variant.label}: {name} needs {', '.join(missing)}: pip install 'robustkit[{name}]'"
+    return None
 
 
 def quantized_problem(
@@ -44,9 +47,20 @@ def quantized_problem(
             f"{parent.label!r} is quantized: a model of bytes cannot be trained, pruned or changed any more",
             "start from the float variant, and put int8 last",
         )
+    if parent is not None and any(use.name == ONNX for use in parent.compress):
+        return (
+            "from",
+            f"{parent.label!r} is an ONNX file: it cannot be trained, pruned or changed any more",
+            "start from the variant that it was made of, and put onnx last",
+        )
+    files = [number for number, use in enumerate(compress) if use.name == ONNX]
+    if len(files) > 1 or (files and files[0] < len(compress) - 1):
+        return "compress", "onnx makes a file of what everything else has made", "put one onnx last"
     uses = [use for use in compress if use.name == INT8]
     if len(uses) > 1:
         return "compress", "a model is quantized once", "keep one int8, or make a variant for each number of bits"
+    if sum(quantizer_of([use]) is not None for use in compress) > 1:
+        return "compress", "a model is quantized once", "keep int8 and a plain onnx, or onnx: {int8: true} alone"
     if uses and uses[0].parameters.get("qat") and not trains:
         return (
             "compress",

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from robustkit import registry
-from robustkit.errors import Problem, RecipeError
+from robustkit.errors import Problem, RecipeError, did_you_mean
 from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
 from robustkit.recipe.facts import known_side
@@ -20,7 +20,7 @@ from robustkit.recipe.norms import check_attacks, check_defenses
 from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
 from robustkit.recipe.poison import read_poison, split_poison
 from robustkit.recipe.reader import Reader
-from robustkit.recipe.spec import EvaluateSpec, Recipe, ThreatSpec, TrainSpec, Use
+from robustkit.recipe.spec import RUNTIMES, EvaluateSpec, Recipe, Runtime, ThreatSpec, TrainSpec, Use
 from robustkit.recipe.variants import read_variants
 
 TOP = (
@@ -41,13 +41,31 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
 DEFAULT_ATTACKS: tuple[Any, ...] = ("noise", "fgsm", {"pgd": {"steps": 20}}, "cascade")
 
 
+def _runtimes(value: object) -> object:
+    if isinstance(value, bool) or value == "full":
+        return value
+    named = value if isinstance(value, list) else [value]
+    for one in named:
+        if one not in RUNTIMES:
+            hint = (
+                did_you_mean(str(one), ("full", *RUNTIMES)) or f"true, false, full, or a list of {', '.join(RUNTIMES)}"
+            )
+            raise ValueError(f"{one!r} is no runtime; {hint}")
+    if not named or len(set(named)) < len(named):
+        raise ValueError("a list of different runtimes is needed; e.g. [eager, onnxruntime]")
+    return tuple(named)
+
+
+LatencyInput = Annotated[bool | Literal["full"] | tuple[Runtime, ...], BeforeValidator(_runtimes)]
+
+
 class EvaluateInput(Plain):
     """`evaluate:` without its plugins."""
 
     examples: PositiveInt | None = None
     batch_size: PositiveInt = 256
     eps_curve: tuple[NonNegativeFloat, ...] = ()
-    latency: bool = True
+    latency: LatencyInput = True
     gallery: Annotated[int, Field(ge=0, le=64, strict=True)] = 8
     corruptions: bool = False
     audit: Annotated[int, Field(ge=0, strict=True)] = 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Norm = Literal["linf", "l2", "l1", "l0"]
+Runtime = Literal["eager", "inductor", "onnxruntime"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective", "loss_weights", "partition", "second_pass")
 """Hooks of a defense that only one defense of a variant may own."""
 
@@ -108,7 +110,8 @@ class EvaluateSpec(Spec):
     batch_size: int = 256
     attacks: tuple[Use, ...] = ()
     eps_curve: tuple[float, ...] = ()
-    latency: bool = True
+    latency: bool | Literal["full"] | tuple[Runtime, ...] = True
+    """True: eager alone. `full`, or a list of runtimes: each of them, with one thread and all."""
     gallery: int = 8
     certify: tuple[Use, ...] = ()
     corruptions: bool = False
@@ -120,6 +123,13 @@ class EvaluateSpec(Spec):
     """What attacks may search in; the model's own precision judges."""
     compile: bool = False
     """Attacks may compile the model, where it measures faster."""
+
+    @property
+    def runtimes(self) -> tuple[Runtime, ...]:
+        """The runtimes of the whole table of latencies; none where only the usual figures are asked for."""
+        if self.latency == "full":
+            return RUNTIMES
+        return () if isinstance(self.latency, bool) else self.latency
 
 
 class GateSpec(Spec):

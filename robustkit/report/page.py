@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from robustkit.report.costs import COST_HEAD, COST_NOTE, TIMING_HEAD, TIMING_NOTE, cost_rows, timing_rows
 from robustkit.report.fronts import FRONT_HEAD, FRONT_NOTE, front_rows
 from robustkit.report.gallery import Picture
 from robustkit.report.pareto import COSTS
@@ -96,6 +97,9 @@ def context(
         "corruptions": corruption_rows(results),
         "filters": filter_rows(results),
         "tolerance": tolerance_table(results),
+        "sizes": cost_rows(results),
+        "timings": timing_rows(results),
+        "cost_notes": [(display_name(row, results), note) for row in rows for note in row.cost_notes],
         "sparse": [row for row in rows if row.sparsity > 0.001],
         "provenance": list(_flat(results.provenance)),
         "worst_class": worst_class,
@@ -159,6 +163,8 @@ def _environment() -> Environment:
     environment.globals |= {"certified_head": CERTIFIED_HEAD, "certified_note": CERTIFIED_NOTE}
     environment.globals |= {"corruptions_note": CORRUPTIONS_NOTE, "front_head": FRONT_HEAD, "front_note": FRONT_NOTE}
     environment.globals |= {"filter_head": FILTER_HEAD, "filter_note": FILTER_NOTE}
+    environment.globals |= {"cost_head": COST_HEAD, "cost_note": COST_NOTE}
+    environment.globals |= {"timing_head": TIMING_HEAD, "timing_note": TIMING_NOTE}
     environment.globals |= {"tolerance_note": TOLERANCE_NOTE}
     return environment
 
@@ -200,7 +206,7 @@ def to_markdown(values: Mapping[str, Any]) -> str:
     if values["distances"]:
         cells = [list(row) for row in values["distances"]]
         parts += ["## Minimal distances", "", plain_rows(DISTANCE_HEAD, cells), ""]
-    parts += _certified(values) + _corruptions(values)
+    parts += _sizes(values) + _certified(values) + _corruptions(values)
     if values["filters"]:
         parts += ["## Poisoning", "", FILTER_NOTE, "", plain_rows(list(FILTER_HEAD), values["filters"]), ""]
     if values["tolerance"]:
@@ -247,6 +253,16 @@ def _summary(values: Mapping[str, Any]) -> str:
         accuracies = [rate_text(row.clean), *attacks, f"**{rate_text(row.worst)}**", *beside(row, *extra)]
         cells.append([name, row.method, *accuracies, paired_text(row.versus_parent), p, *sizes, *latencies])
     return plain_rows(head, cells)
+
+
+def _sizes(values: Mapping[str, Any]) -> list[str]:
+    parts = ["## Size and speed", "", COST_NOTE, "", plain_rows(COST_HEAD, values["sizes"]), ""]
+    if values["cost_notes"]:
+        cells = [list(pair) for pair in values["cost_notes"]]
+        parts += [plain_rows(["variant", "what compression brought"], cells), ""]
+    if values["timings"]:
+        parts += ["## Latency by runtime", "", TIMING_NOTE, "", plain_rows(TIMING_HEAD, values["timings"]), ""]
+    return parts
 
 
 def _certified(values: Mapping[str, Any]) -> list[str]:

@@ -229,7 +229,17 @@ def to_csv(results: Results) -> str:
     head += [*(f"certified:{label}" for label in proven), *(["corrupted"] if corruption_names(results) else [])]
     poisoned = any(row.poisoning for row in results.variants)
     head += ["success"] if poisoned else []
-    head += ["n", "parameters", "nonzero", "sparsity", "bytes", "gzip_bytes", "macs", "latency_batch_1_ms"]
+    head += [
+        "n",
+        "parameters",
+        "nonzero",
+        "sparsity",
+        "bytes",
+        "gzip_bytes",
+        "macs",
+        "activation_bytes",
+        "latency_batch_1_ms",
+    ]
     head += ["latency_batch_256_ms", "forwards", "backwards", "seconds", "train_seconds", "flags"]
     writer.writerow(head)
     for row in results.variants:
@@ -245,6 +255,7 @@ def to_csv(results: Results) -> str:
                 *([row.corruptions.mean.value if row.corruptions else ""] if corruption_names(results) else []),
                 *([row.poisoning.success.value if row.poisoning else ""] if poisoned else []),
                 *[row.clean.n, row.parameters, row.nonzero, row.sparsity, row.bytes, row.gzip_bytes, row.macs],
+                "" if row.activation_bytes is None else row.activation_bytes,
                 *[row.latency_ms.get("batch_1", ""), row.latency_ms.get("batch_256", "")],
                 *[row.forwards, row.backwards, row.seconds, row.train_seconds],
                 " ".join(f"{flag.severity}:{flag.id}" for flag in row.flags),

@@ -84,7 +84,10 @@ def print_summary(results: Results, console: Console) -> None:
             markup=False,
         )
     if any(row.sparsity > 0.01 for row in results.variants):
-        _line(console, "* zeros stored dense: smaller only when compressed, not faster on standard runtimes", "dim")
+        _line(console, "* zeros stored dense: smaller only when compressed", "dim")
+    for row in tree_order(results):
+        for note in row.cost_notes:
+            _line(console, f"{display_name(row, results)}: {note}", "dim")
     console.print()
     for sentence in verdict(results):
         _line(console, sentence)

@@ -8,8 +8,9 @@ from robustkit.recipe.plan import Kind, Step
 from robustkit.steps.artefact import artefact_step
 from robustkit.steps.audit import audit_step
 from robustkit.steps.bounds import certify_step, corruptions_step, soundness_step
-from robustkit.steps.evaluate import attack_step, checks_step, clean_step, curve_step, latency_step, measure_step
+from robustkit.steps.evaluate import attack_step, checks_step, clean_step, curve_step, measure_step
 from robustkit.steps.fit import fit_step
+from robustkit.steps.latency import latency_step
 from robustkit.steps.poisoned import success_step, tolerance_step
 from robustkit.workbench import Workbench
 

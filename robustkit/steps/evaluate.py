@@ -1,4 +1,4 @@
-"""The steps that measure a model: costs, clean accuracy, attacks, security curve, sanity checks, latency."""
+"""The steps that measure a model: costs, clean accuracy, attacks, security curve, sanity checks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from robustkit.attacks.gradient import Pgd
 from robustkit.attacks.noise import Noise
 from robustkit.attacks.threat import Attack
-from robustkit.compress.costs import measure_costs, measure_latency, notes_of
+from robustkit.compress.costs import measure_costs
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
 from robustkit.evaluation.both import Ways, adaptive, attack_both, checked_view, on_view
 from robustkit.evaluation.checks import preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.reporting import default_of, trained_steps, training_of
-from robustkit.missing import latency_key
 from robustkit.recipe.cost import autoattack_passes, one_attack_passes, parameter_of
 from robustkit.recipe.facts import facts_of
 from robustkit.recipe.plan import Step
 from robustkit.recipe.spec import Use
 from robustkit.seeding import derive_seed
 from robustkit.steps.last import best_and_last
-from robustkit.store import MODEL, Partial
+from robustkit.store import Partial
 from robustkit.workbench import Workbench, threat_of
 
 OUTCOME = "outcome.npz"
@@ -40,15 +39,13 @@ CURVE_TRIES = 4
 
 
 def measure_step(bench: Workbench, step: Step) -> None:
-    """Store parameters, non-zeros, bytes, MACs and sparsity per layer of a model."""
+    """Store parameters, non-zeros, bytes, MACs, peak activations and sparsity per layer of a model."""
     (fit_key,) = step.parents
     # Models that answer beside it are part of what it costs.
     joined = bool(bench.recipe.variant(step.variant).members)
-    model = bench.load(fit_key, wrapped=joined)
-    costs = measure_costs(model, bench.any_dataset().shape, bench.store.step(fit_key) / MODEL)
+    costs = measure_costs(bench.load(fit_key, wrapped=joined), bench.any_dataset().shape, bench.artefact(fit_key))
     values = asdict(costs)
     values["layers"] = [layer.model_dump() for layer in costs.layers]
-    values["notes"] = notes_of(costs)
     values["classes"] = list(bench.any_dataset().classes)
     bench.store.finish(step.key, values)
 
@@ -260,18 +257,3 @@ def checks_step(bench: Workbench, step: Step) -> None:
     kept = best_and_last(bench, step)
     flags += kept.pop("flags", [])
     bench.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags], **kept})
-
-
-def latency_step(bench: Workbench, step: Step) -> None:
-    """Store the latency of all models that there are, measured in turns.
-
-    Where a model is missing the step itself stays open, and the others' latency is kept under a key of its own.
-    """
-    keys = [key for key in dict.fromkeys(step.parents) if key not in bench.failed]
-    finished = latency_key(step, bench.failed)
-    if bench.store.done(finished):
-        return
-    models = {key: bench.load(key) for key in keys}
-    measured = measure_latency(models, bench.any_dataset().shape, bench.device) if models else {}
-    latency = {key: {batch: value.model_dump() for batch, value in found.items()} for key, found in measured.items()}
-    bench.store.finish(finished, {"latency": latency})

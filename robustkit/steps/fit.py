@@ -19,6 +19,7 @@ from robustkit.errors import UsageError
 from robustkit.models.artefact import save_model
 from robustkit.models.build import build_model
 from robustkit.models.grow import grow
+from robustkit.models.onnx_model import OnnxModel
 from robustkit.models.quantized import made_of
 from robustkit.models.whitening import whiten_
 from robustkit.recipe.plan import Step, content_key
@@ -27,7 +28,7 @@ from robustkit.recipe.spec import VariantSpec
 from robustkit.seeding import derive_seed
 from robustkit.steps.members import fit_members, owner_of, remove_states
 from robustkit.steps.teach import teach
-from robustkit.store import MODEL, STATE, write_atomic
+from robustkit.store import MODEL, ONNX, STATE, write_atomic
 from robustkit.train.hooks import Defense, is_taught, owned_hooks
 from robustkit.train.loop import fit
 from robustkit.workbench import Workbench, threat_of
@@ -99,13 +100,14 @@ def fit_step(bench: Workbench, step: Step) -> None:
             record["quantization"] = made_of(model)
     if last is not None:
         _save(bench, last, variant, data, step, LAST)
-    _save(bench, model, variant, data, step, MODEL)
+    name = ONNX if isinstance(model, OnnxModel) else MODEL
+    _save(bench, model, variant, data, step, name)
     if keeper is not None:
-        keeper.shipped(model, bench.store.step(step.key) / MODEL)
+        keeper.shipped(model, bench.store.step(step.key) / name)
         if keeper.flags:
             record["flags"] = [*record.get("flags", []), *(flag.model_dump() for flag in keeper.flags)]
         record["notes"] = [*record.get("notes", []), *keeper.notes]
-    bench.store.finish(step.key, record, files)
+    bench.store.finish(step.key, record, (name, *files[1:]))
 
 
 def _parts(bench: Workbench, variant: VariantSpec) -> bool:

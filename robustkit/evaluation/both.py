@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.adaptive import Through
 from robustkit.attacks.threat import Attack
+from robustkit.evaluation.attacked import as_images
 from robustkit.evaluation.outcome import Outcome
 from robustkit.models.wrapped import has_view, view_of, without_gradient
 from robustkit.results import Flag
@@ -33,13 +34,13 @@ def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
     """Return what the sanity checks look at: the view of a model that has one if it answers the same, else the model.
 
     Such a view is the same function with better gradients: what it hides is hidden, what it shows is dealt with.
-    images: (N, C, H, W) uint8.
+    images: (N, C, H, W) uint8, or floats in [0, 1].
     """
     if not has_view(model):
         return model
     view = view_of(model)
     with torch.no_grad():
-        floats = images.to(torch.float32) / 255
+        floats = as_images(images)
         same = torch.equal(view(floats), model(floats))
     return view if same else model
 

@@ -97,7 +97,7 @@ def beside(trained: Trained, small: Quantized) -> tuple[np.ndarray, Beside]:
 
 def test_at_four_bits_transfer_alone_is_blind(trained: Trained) -> None:
     surrogate, tried = beside(trained, quantize(trained.model, trained.calibration, bits=4))
-    # Measured: 47 % withstand the float model's images, 6 % the surrogate's.
+    # Measured: 45 % withstand the float model's images, 6 % attacks on the surrogate.
     assert tried.transfer.correct.mean() > surrogate.mean() + 0.2
     assert tried.square.correct.mean() <= min(tried.transfer.correct.mean(), surrogate.mean())
     assert tried.disagreeing == 0
@@ -132,11 +132,8 @@ def test_at_two_bits_the_surrogate_alone_is_blind_too(tmp_path: Path) -> None:
     assert model.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [("resnet18", (3, 32, 32)), ("torchvision.mobilenet_v2", (3, 32, 32)), ("wide_resnet", (3, 16, 16))],
-)
-def test_the_surrogate_of_deep_models_is_bit_equal(name: str, shape: tuple[int, int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("resnet18", (3, 32, 32)), ("torchvision.mobilenet_v2", (3, 32, 32))])
+def test_the_surrogate_of_deep_models_is_bit_equal(name: str, shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     use = Use(name=name, parameters={}, label=name)
     model = build_model(use, shape=shape, classes=10, mean=[0.4] * 3, std=[0.3] * 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,19 @@ def save_model(
         wrappers=tuple(described),
         quantized=QuantizedFile(made=model.made, program=model.program) if isinstance(model, Quantized) else None,
     )
-    told = architecture.model_dump_json(exclude={"quantized"} if architecture.quantized is None else None)
+    told = _text(architecture)
     if isinstance(model, OnnxModel):
         write_atomic(path, with_metadata(model, told))
         return
     write_atomic(path, save(tensors, metadata={"robustkit": told}))
+
+
+def _text(described: Architecture) -> str:
+    values = described.model_dump(mode="json", exclude={"quantized"})
+    if described.quantized is not None:
+        # What a graph's calls do not have is left out: there are hundreds of them.
+        values["quantized"] = described.quantized.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(values, separators=(",", ":"))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

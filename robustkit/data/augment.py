@@ -55,11 +55,9 @@ def random_crop(images: Tensor, padding: int, mode: str, generator: torch.Genera
     device = images.device
     top = torch.randint(span, (count, 1), generator=generator, device=device)
     left = torch.randint(span, (count, 1), generator=generator, device=device)
-    rows = top + torch.arange(height, device=device)
-    columns = left + torch.arange(width, device=device)
-    index = torch.arange(count, device=device)[:, None, None]
-    shifted = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
-    return shifted.permute(0, 3, 1, 2)
+    # A view of every window; one index an image copies whole rows.
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
+    return windows[torch.arange(count, device=device), top.flatten(), left.flatten()]
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:

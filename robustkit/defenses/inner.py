@@ -119,10 +119,10 @@ def n_fgsm_examples(
     target: labels (N,) or soft targets (N, classes).
     """
     width = noise * Threat("linf", eps).eps_for(x)
-    noisy = (x + torch.empty_like(x).uniform_(-1, 1, generator=generator) * width).clamp(0, 1)
+    noisy = torch.empty_like(x).uniform_(-1, 1, generator=generator).mul_(width).add_(x).clamp_(0, 1)
     with attack_mode(model):
         gradient = input_gradient(model, cross_entropy_score(target), noisy)
-    return (noisy + alpha * gradient.sign()).clamp(0, 1)
+    return gradient.sign_().mul_(alpha).add_(noisy).clamp_(0, 1)
 
 
 def trades_examples(

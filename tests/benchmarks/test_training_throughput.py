@@ -1,4 +1,4 @@
-"""Images a second of the training loop, against one constant batch and against a plain DataLoader loop, in turns."""
+"""Images per CPU second of the training loop, beside one constant batch and a plain DataLoader loop, in turns."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from robustkit.train.guards import Guards
 from robustkit.train.hooks import Batch
 from robustkit.train.layout import to_channels_last
 from robustkit.train.loop import _Run
+from robustkit.train.optim import Sgd
 from robustkit.train.state import TrainingState
 from robustkit.train.step import train_step
 
@@ -66,7 +67,7 @@ def constant_batch(data: Dataset) -> Callable[[], int]:
     """The same steps on one batch that never changes: what is left is the model's own work."""
     model, layout = to_channels_last(network(data), data.shape, CPU)
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = Sgd(lr=0.01).build([{"params": list(model.parameters())}])
     x = data.train.floats(0, BATCH).contiguous(memory_format=layout)
     y = data.train.labels[:BATCH]
     steps = len(data.train) // BATCH
@@ -120,19 +121,20 @@ def test_the_training_loop_is_as_fast_as_its_model_and_faster_than_a_plain_loop(
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for round_number in range(ROUNDS + 1):
         for name, epoch in loops.items():
-            begun = time.perf_counter()
+            # The processor's own clock: what else the machine does is not in it.
+            begun = time.process_time()
             count = epoch()
             if round_number:
-                speeds[name].append(count / (time.perf_counter() - begun))
+                speeds[name].append(count / (time.process_time() - begun))
     for name, values in speeds.items():
-        print(f"{name}: {median(values):,.0f} images/s")
+        print(f"{name}: {median(values):,.0f} images per CPU second")
 
     def ratio(one: str, other: str) -> float:
         found = median(first / second for first, second in zip(speeds[one], speeds[other], strict=True))
         print(f"{one} / {other}: {found:.2f}")
         return found
 
-    assert ratio("training loop", "constant batch") >= 0.95
+    assert ratio("training loop", "constant batch") >= 0.97
     # What ToTensor alone costs beside the convolutions depends on the processor: 1.4 to 2.0 were seen.
     assert ratio("training loop", "DataLoader") >= 1.25
     assert ratio("training loop, crops and flips", "DataLoader, crops and flips") >= 1.6

@@ -1,0 +1,39 @@
+"""What adversarial steps cost in standard steps: the inner maximisation takes no weight gradients and no pass too many.
+
+In theory (2k + 3) / 3 with k inner steps, where a forward, an input gradient and a weight gradient cost the same: 1.67
+for one step, 7.67 for ten, one forward more and a second outer pass for `trades`, 9.0. With weight gradients in the
+inner maximisation it would be k + 1: 2, 11 and 12.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from step_costs import costs
+
+pytestmark = pytest.mark.slow
+
+MOST = {
+    "small_cnn": {"n_fgsm": 1.85, "pgd_training, 10 steps": 9.0, "trades, 10 steps": 10.6},
+    "resnet18": {"n_fgsm": 1.75, "pgd_training, 10 steps": 7.9, "trades, 10 steps": 9.3},
+}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A processor's clock counts what threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "rounds"), [("small_cnn", 3), ("resnet18", 2)])
+def test_adversarial_steps_cost_little_more_than_their_passes(name: str, rounds: int) -> None:
+    found = costs(name, rounds)
+    print({label: round(value, 2) for label, value in found.items()})
+    for label, most in MOST[name].items():
+        assert found[label] <= most, label

@@ -28,6 +28,7 @@ TWICE = frozenset({"trades", "mart"})
 """What trains on both the clean and the adversarial image."""
 DISTILLED = frozenset({"ard", "rslad"})
 """What trains on both where the perturbed image does not have all the weight."""
+LEARNED = "hydra"
 CURVE = 22.0 + 5.0
 """Each eps of the security curve: 10 steps of pgd, 4 tries of noise."""
 CHECKS = 203.0 + 271.0 + 42.0
@@ -57,14 +58,17 @@ def parameter_of(recipe: Recipe) -> Parameter:
 
 
 def training_passes(variant: VariantSpec, parameter: Parameter) -> float:
-    """Return the passes over each training image: epochs times a step with its inner maximisation."""
-    if variant.train is None:
-        return 0.0
+    """Return the passes over each training image: epochs times a step with its inner maximisation.
+
+    The epochs in which `hydra` learns its scores count as well.
+    """
     inner = sum(_inner_passes(use, parameter) for use in variant.defenses)
     # A teacher answers once for each image that a step sees; how large it is does not count here.
     inner += 1.0 if variant.teacher else 0.0
     replays = [_number(parameter("defense", use, "replay")) for use in variant.defenses if use.name == "free"]
-    return variant.train.epochs * (STANDARD_STEP + inner) * max([1.0, *replays])
+    learned = sum(_number(parameter("compressor", use, "epochs")) for use in variant.compress if use.name == LEARNED)
+    trained = variant.train.epochs * max([1.0, *replays]) if variant.train else 0.0
+    return (trained + learned) * (STANDARD_STEP + inner)
 
 
 def _inner_passes(use: Use, parameter: Parameter) -> float:

@@ -200,6 +200,17 @@ def test_the_checks_are_counted(images: int) -> None:
     assert cost.attack_passes(read([]), parameter) == pytest.approx(1 + cost.CHECKS * 64 / 450)
 
 
+def test_the_epochs_of_learned_scores_are_counted() -> None:
+    recipe = parse_recipe(
+        "name: c\ndata: digits\nmodel: small_cnn\ntrain: {epochs: 4}\nvariants:\n  robust: {defenses: [n_fgsm]}\n"
+        "  a: {from: robust, compress: [hydra: {sparsity: 90%, epochs: 2}], train: {epochs: 3}}\n"
+        "  b: {from: robust, compress: [hydra: {sparsity: 90%}]}\n"
+        "  c: {from: robust, compress: [global_l1: {sparsity: 90%}]}\n"
+    )
+    passes = [cost.training_passes(variant, cost.parameter_of(recipe)) for variant in recipe.variants]
+    assert passes == [4 * 5, (3 + 2) * 5, 5 * 5, 0]
+
+
 def test_the_corruptions_are_counted() -> None:
     x, y = torch.rand(IMAGES, 1, 8, 8), torch.zeros(IMAGES, dtype=torch.int64)
     found = passes(lambda model: corruption_outcome(model, x, y, tuple(CORRUPTIONS), batch_size=1, device=CPU), IMAGES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from robustkit.errors import ModelError
-from robustkit.params import PositiveInt
+from robustkit.params import NonNegativeInt, PositiveInt
 
 
 class ConvGroup(nn.Module):
@@ -28,13 +28,38 @@ class ConvGroup(nn.Module):
         return y
 
 
+class Residual(nn.Module):
+    """Its input plus GELU of a batch norm of a 3x3 convolution of it."""
+
+    branch_end = "act"
+    """The module whose output is added to the shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return maps like x."""
+        y: Tensor = x + self.act(self.norm(self.conv(x)))
+        return y
+
+
 class SmallCnn(nn.Module):
     """One group of two 3x3 convolutions per width, pooled early, GELU, then max over the map and a linear layer.
 
-    Takes images from 8x8 on; a group whose map is a single pixel no longer pools.
+    Takes images from 8x8 on; a group whose map is a single pixel no longer pools. `extra` is how many residual 3x3
+    convolutions follow each group.
     """
 
-    def __init__(self, shape: tuple[int, int, int], classes: int, widths: list[PositiveInt] = [32, 64, 64]) -> None:  # noqa: B006
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        widths: list[PositiveInt] = [32, 64, 64],  # noqa: B006
+        extra: NonNegativeInt = 0,
+    ) -> None:
         super().__init__()
         channels, height, width = shape
         if not widths:
@@ -45,6 +70,7 @@ class SmallCnn(nn.Module):
         groups: list[nn.Module] = []
         for outputs in widths:
             groups.append(ConvGroup(channels, outputs, pool=side >= 2))
+            groups += [Residual(outputs) for _ in range(extra)]
             channels, side = outputs, max(1, side // 2)
         self.groups = nn.Sequential(*groups)
         self.pool = nn.AdaptiveMaxPool2d(1)

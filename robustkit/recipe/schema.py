@@ -13,7 +13,6 @@ from robustkit import registry
 from robustkit.errors import Problem, RecipeError, UsageError, did_you_mean
 from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
-from robustkit.recipe.facts import known_side
 from robustkit.recipe.gates import ACCURACIES, POISONED, SIZES, parse_gate
 from robustkit.recipe.norms import check_attacks, check_defenses
 from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
@@ -90,7 +89,6 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     normalize = read_normalize(reader, top.get("normalize"))
     top["data"], planted = split_poison(top.get("data"))
     data = _required(reader, "data", top)
-    reader.side = known_side(data)
     poison = read_poison(reader, planted, data)
     model = _required(reader, "model", top)
     train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))

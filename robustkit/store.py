@@ -25,6 +25,8 @@ MODEL = "model.safetensors"
 ONNX = "model.onnx"
 STATE = "state.pt"
 PARTIAL = "partial.npz"
+AGAIN = "partial-adaptive.npz"
+"""Of the second attack of a step, through the view of a wrapped model."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -116,7 +118,7 @@ class Store:
         """Mark a step as done: its record is written last, with the digest of each of its files."""
         digests = {name: _digest(self.step(key) / name) for name in files}
         write_json(self.step(key) / RECORD, {**record, "files": digests})
-        for name in (STATE, PARTIAL):
+        for name in (STATE, PARTIAL, AGAIN):
             (self.step(key) / name).unlink(missing_ok=True)
 
     def discard(self, key: str) -> None:
@@ -137,19 +139,19 @@ class Store:
 class Partial:
     """What a step that takes long has so far: arrays that a stopped run goes on from."""
 
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key = store, key
+    def __init__(self, store: Store, key: str, name: str = PARTIAL) -> None:
+        self._store, self._key, self._name = store, key, name
 
     def load(self) -> dict[str, np.ndarray[Any, Any]] | None:
         """Return what was saved last, or None where there is nothing or it is broken."""
         try:
-            return self._store.read_arrays(self._key, PARTIAL)
+            return self._store.read_arrays(self._key, self._name)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             return None
 
     def save(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Replace what was saved."""
-        self._store.write_arrays(self._key, PARTIAL, arrays)
+        self._store.write_arrays(self._key, self._name, arrays)
 
 
 class EventLog:

@@ -120,11 +120,10 @@ def _where(mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def _random(x: Tensor, threat: Threat, stream: Stream, index: Tensor) -> Tensor:
     """Return starts on the surface of the ball: a uniform draw scaled to linf eps, a normal one to l2 or l1 eps."""
     eps = threat.eps_for(x)
+    drawn = stream.change(index, x, bounded=threat.norm == "linf")
     if threat.norm == "linf":
-        drawn = (2 * stream.uniform(index, x[:1].numel()) - 1).view(x.shape)
         largest = drawn.flatten(1).abs().amax(1).clamp_min(1e-12).view(eps.shape)
         return within(x, x + drawn / largest * eps, threat)
-    drawn = stream.normal(index, x[:1].numel()).view(x.shape)
     if threat.norm == "l2":
         return within(x, x + drawn / l2_norm(drawn) * eps, threat)
     return within(x, x + drawn, threat)

@@ -171,12 +171,9 @@ class _Run:
         """Return random images of the ball, each stage's own: uniform for linf, else on its surface."""
         self.stream.seek(stage * CALLS)
         x, here = self.found.x[index], self.threat.select(index)
-        count = x[:1].numel()
-        if self.threat.norm == "linf":
-            drawn = 2 * self.stream.uniform(index, count).view(x.shape) - 1
-            return within(x, x + drawn * here.eps_for(x), here)
-        drawn = self.stream.normal(index, count).view(x.shape)
-        return within(x, x + drawn / l2_norm(drawn) * here.eps_for(x), here)
+        bounded = self.threat.norm == "linf"
+        drawn = self.stream.change(index, x, bounded=bounded)
+        return within(x, x + (drawn if bounded else drawn / l2_norm(drawn)) * here.eps_for(x), here)
 
     def _aimed(self, index: Tensor, ranks: Tensor, steps: int) -> Tensor:
         """Climb towards the classes of these ranks (n, k) from a random start each; return the margins reached (n, k).

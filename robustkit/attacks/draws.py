@@ -75,6 +75,14 @@ class Stream:
         """Return -1 and 1 (n, count), equally likely, for the examples at `index` (n,)."""
         return torch.where(self.uniform(index, count) < 0.5, -1.0, 1.0)
 
+    def change(self, index: Tensor, x: Tensor, *, bounded: bool) -> Tensor:
+        """Return a random change of the images x (n, ...) at `index` (n,): uniform in [-1, 1], else standard normal.
+
+        Its length is no matter: a random start scales it to the surface of a ball, or lets it be projected.
+        """
+        count = x[:1].numel()
+        return (2 * self.uniform(index, count) - 1 if bounded else self.normal(index, count)).view(x.shape)
+
 
 def _hash(x: Tensor, generator: torch.Generator) -> Tensor:
     """Return 64 random bits for each value of x, shaped (N, D)."""

@@ -109,9 +109,6 @@ def _wide(mask: Tensor, x: Tensor) -> Tensor:
 def random_near(x: Tensor, threat: Threat, stream: Stream, index: Tensor) -> Tensor:
     """Return random starts (n, ...) half as far from x as the ball reaches, for restarts."""
     reach = threat.eps_for(x) / 2
-    if threat.norm == "linf":
-        drawn = 2 * stream.uniform(index, x[:1].numel()).view(x.shape) - 1
-    else:
-        drawn = stream.normal(index, x[:1].numel()).view(x.shape)
+    drawn = stream.change(index, x, bounded=threat.norm == "linf")
     size = _length(drawn, threat.norm).clamp_min(1e-12).view(reach.shape)
     return (x + drawn / size * reach).clamp(0, 1)

@@ -88,7 +88,7 @@ def _row(recipe: Recipe, variant: VariantSpec, plan: Plan | None, store: Store) 
         "done": state["done"] if plan else None,
         "to_run": state["to run"] if plan else None,
         "training_passes": training_passes(variant, parameter),
-        "attack_passes": attack_passes(recipe, parameter),
+        "attack_passes": attack_passes(recipe, parameter, variant),
     }
 
 

@@ -129,6 +129,7 @@ def attack_outcome(
     allowed: Allowed = FASTEST,
     on_progress: AttackProgress | None = None,
     checkpoint: Checkpoint | None = None,
+    followed: bool = False,
 ) -> Outcome:
     """Return the outcome of an attack on the examples that the model gets right without it.
 
@@ -140,7 +141,8 @@ def attack_outcome(
     `seeded_by_example` (robustkit's own) not from batch size and order either; other attacks get a seed for each batch.
     Where the memory does not take a batch, it is halved, down to one example.
     `keep`: how many of the first examples' images the outcome holds. `checkpoint`: where whole batches are kept, so
-    that a run that was stopped goes on after them with the same result. `quantize_input`: what the attack found is
+    that a run that was stopped goes on after them with the same result; with `followed` the last one too, as more is to
+    come before the result is stored. `quantize_input`: what the attack found is
     rounded to 8 bits, within the ball, before the model is asked. `probes`: images like x that are tried first, such as
     those that fooled a relative; the attack is run on what they leave. `allowed`: how the search may run the model.
 
@@ -173,7 +175,7 @@ def attack_outcome(
                 continue
             seen.add(index, judged)
             seen.pay(counted, time.perf_counter() - started)
-            seen.save(checkpoint, last=seen.done == len(todo))
+            seen.save(checkpoint, last=seen.done == len(todo), followed=followed)
             if on_progress is not None:
                 on_progress(seen.done, len(todo), seen.robust(y, todo))
     return seen.outcome(y, keep=keep, minimal=bool(getattr(attack, "minimum_norm", False)))

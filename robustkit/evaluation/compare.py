@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
+from robustkit.evaluation.lost import lost_examples
 from robustkit.results import Audit, Flag, GateResult
 
 Bools = NDArray[np.bool_]
@@ -22,8 +23,6 @@ FEW_PIXELS = frozenset({"torchattacks.JSMA", "torchattacks.SparseFool"})
 ONE_STEP_SHARE = 0.005
 BLACK_BOX_SHARE = 0.002
 NOISE_SHARE = 0.002
-LEAST_EXAMPLES = 2
-"""One example that slips through is chance, not masking."""
 
 
 def compare_flags(correct: Mapping[str, Bools], kinds: Mapping[str, str]) -> list[Flag]:
@@ -60,11 +59,7 @@ def group_of(name: str) -> str:
 
 def _missed(values: Bools, stronger: Mapping[str, Bools], least: float) -> tuple[int, float] | None:
     """Return how many examples an attack fools that all of `stronger` miss, and their share, if more than `least`."""
-    if not stronger:
-        return None
-    missed = int(np.count_nonzero(stats.worst_case(stronger.values()) & ~values))
-    share = missed / max(1, values.size)
-    return (missed, share) if missed >= LEAST_EXAMPLES and share > least else None
+    return lost_examples(stats.worst_case(stronger.values()), values, least) if stronger else None
 
 
 def _noise(label: str, values: Bools, attacks: Mapping[str, Bools]) -> list[Flag]:

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkit import stats
+from robustkit.evaluation.lost import LEAST, lost_examples
 from robustkit.results import Flag, Severity
 
 Bools = NDArray[np.bool_]
-LEAST = 2
-"""One example more or less is chance."""
 TRANSFER = 0.002
 TRANSFER_WRONG = 0.05
 RISE = 0.005
@@ -26,13 +25,6 @@ SILENT = 0.002
 LOSSES_APART = 0.03
 SIGNIFICANT = 0.05
 COLLAPSED = 0.20
-
-
-def _fell(before: Bools, after: Bools, least: float) -> tuple[int, float] | None:
-    """Return how many examples right before are fooled after, and their share of all, if more than `least`."""
-    lost = int(np.count_nonzero(before & ~after))
-    share = lost / max(1, before.size)
-    return (lost, share) if lost >= LEAST and share > least else None
 
 
 def _doubt_or_note(share: float) -> Severity:
@@ -45,7 +37,7 @@ def transfer_flags(white_box: Bools, transferred: Bools, *, compressed: bool) ->
 
     `white_box`: right under the attacks on the model itself; `transferred`: right under the surrogate's images.
     """
-    found = _fell(white_box, transferred, TRANSFER)
+    found = lost_examples(white_box, transferred, TRANSFER)
     if found is None:
         return []
     lost, share = found
@@ -82,7 +74,7 @@ def monotone_flags(eps: Sequence[float], correct: Sequence[Bools]) -> list[Flag]
 
 def convergence_flags(before: Bools, doubled: Bools, steps: int) -> list[Flag]:
     """E8: the same attack with twice its steps."""
-    found = _fell(before, doubled, CONVERGED)
+    found = lost_examples(before, doubled, CONVERGED)
     if found is None:
         return []
     lost, share = found

@@ -152,9 +152,13 @@ class Seen:
         index = todo[: self.done]
         return int((self.prediction[index] == y.cpu()[index]).sum())
 
-    def save(self, checkpoint: Checkpoint | None, *, last: bool) -> None:
-        """Keep what was seen, if some time has passed and there is more to come."""
-        if checkpoint is None or last or time.monotonic() - self.saved_at < SAVE_EVERY:
+    def save(self, checkpoint: Checkpoint | None, *, last: bool, followed: bool = False) -> None:
+        """Keep what was seen, if some time has passed and there is more to come.
+
+        Nothing of the last batch, whose result is stored at once; all of it where another attack follows before that.
+        """
+        due = followed if last else time.monotonic() - self.saved_at >= SAVE_EVERY
+        if checkpoint is None or not due:
             return
         counts = [self.done, self.projected, self.not_finite, self.silent, self.forwards, self.backwards]
         checkpoint.save(

@@ -67,10 +67,9 @@ class BaselineCnn(nn.Module):
         self.relu3 = nn.ReLU()
         self.drop1 = nn.Dropout(dropout)
         self.drop2 = nn.Dropout(dropout)
+        self.extra = nn.Sequential(*(Extra(second, batch_norm) for _ in range(extra)))
         self.fc1 = nn.Linear(second * rows * columns, hidden)
         self.fc2 = nn.Linear(hidden, classes)
-        # Last, so that a seed gives the same first weights with and without them.
-        self.extra = nn.Sequential(*(Extra(second, batch_norm) for _ in range(extra)))
 
     @property
     def branch_end(self) -> str | None:

@@ -22,10 +22,6 @@ class Copies:
         source = (self.source[:, None] * area + torch.arange(area)).flatten()
         return Copies(source, self.part.repeat_interleave(area))
 
-    def then(self, later: Copies) -> Copies:
-        """Return the copies that `later` made of these."""
-        return Copies(self.source[later.source], self.part[later.source] * later.part)
-
 
 def unchanged(channels: int) -> Copies:
     """Return each channel once."""
@@ -71,8 +67,8 @@ def copying_conv(conv: nn.Conv2d, outputs: Copies) -> None:
         conv.bias.zero_()
 
 
-def passing_norm(norm: nn.Module, x: Tensor | None, what: str, shift: float = 0.0) -> None:
-    """Make a batch norm return its input plus `shift` in eval mode; its statistics are those of x (N, C, H, W).
+def passing_norm(norm: nn.Module, x: Tensor | None, what: str) -> None:
+    """Make a batch norm return its input in eval mode; its statistics are those of x (N, C, H, W).
 
     In training it goes by each batch's own statistics, and so is the identity as far as these are those of x.
 
@@ -88,4 +84,4 @@ def passing_norm(norm: nn.Module, x: Tensor | None, what: str, shift: float = 0.
     norm.running_mean.copy_(x.mean((0, 2, 3)))
     norm.running_var.copy_(x.var((0, 2, 3)))
     norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-    norm.bias.copy_(norm.running_mean + shift)
+    norm.bias.copy_(norm.running_mean)

@@ -28,7 +28,7 @@ def grow(small: nn.Module, large: nn.Module, generator: torch.Generator, images:
         images = None if images is None else (images - large.mean) / large.std
     one, other = getattr(small, "inner", small), getattr(large, "inner", large)
     if isinstance(one, SmallCnn) and isinstance(other, SmallCnn):
-        grow_small_cnn(one, other, generator, images)
+        grow_small_cnn(one, other, generator)
     elif isinstance(one, BaselineCnn) and isinstance(other, BaselineCnn):
         grow_baseline_cnn(one, other, generator, images)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from robustkit.errors import ModelError
 from robustkit.models.whitening import Whitening, start_as_identity
-from robustkit.params import PositiveInt
+from robustkit.params import NonNegativeInt, PositiveInt
 
 
 class ConvGroup(nn.Module):
@@ -31,12 +31,31 @@ class ConvGroup(nn.Module):
         return y
 
 
+class Residual(nn.Module):
+    """Its input plus GELU of a batch norm of a 3x3 convolution of it."""
+
+    branch_end = "act"
+    """The module whose output is added to the shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return maps like x."""
+        y: Tensor = x + self.act(self.norm(self.conv(x)))
+        return y
+
+
 class SmallCnn(nn.Module):
     """One group of two 3x3 convolutions per width, pooled early, GELU, then max over the map and a linear layer.
 
-    Takes images from 8x8 on; a group whose map is a single pixel no longer pools. whiten puts a layer in front that
+    Takes images from 8x8 on; a group whose map is a single pixel no longer pools. `whiten` puts a layer in front that
     whitens patches of 2x2 pixels of the training images (Page 2018; Jordan 2024), frozen or trained on from there.
-    dirac starts each convolution with the identity in its first filters (Zagoruyko & Komodakis 2017, arXiv 1706.00388).
+    `dirac` starts each convolution with the identity in its first filters (Zagoruyko & Komodakis 2017, arXiv
+    1706.00388). `extra` is how many residual 3x3 convolutions follow each group.
     """
 
     def __init__(
@@ -46,6 +65,7 @@ class SmallCnn(nn.Module):
         widths: list[PositiveInt] = [32, 64, 64],  # noqa: B006
         whiten: Literal["none", "frozen", "trained"] = "none",
         dirac: bool = False,
+        extra: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -57,15 +77,16 @@ class SmallCnn(nn.Module):
         self.whitening = Whitening(channels, trained=whiten == "trained") if whiten != "none" else None
         if self.whitening is not None:
             channels, side = self.whitening.outputs, side - 1
-        groups: list[ConvGroup] = []
+        groups: list[nn.Module] = []
         for outputs in widths:
             groups.append(ConvGroup(channels, outputs, pool=side >= 2))
+            groups += [Residual(outputs) for _ in range(extra)]
             channels, side = outputs, max(1, side // 2)
         self.groups = nn.Sequential(*groups)
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.head = nn.Linear(channels, classes)
         if dirac:
-            for group in groups:
+            for group in (one for one in groups if isinstance(one, ConvGroup)):
                 start_as_identity(group.conv1)
                 start_as_identity(group.conv2)
 

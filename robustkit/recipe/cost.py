@@ -8,6 +8,7 @@ from typing import cast
 
 from robustkit import registry
 from robustkit.attacks.torchattacks_cost import torchattacks_passes
+from robustkit.recipe.deployed_cost import is_attacked_in_training, networks, ways
 from robustkit.recipe.facts import Facts, facts_of
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
@@ -41,6 +42,10 @@ CORRUPTED = 13.0 * 5.0
 """A forward for each corruption at each severity."""
 CHECKED = 64
 """How many images the sanity checks look at."""
+BEST_AND_LAST = 2.0 * (1.0 + 2.0 * 10.0 + 1.0 + 3.0)
+"""The best and the last epoch of an attacked training, each clean, under 10 steps and under one."""
+COMPARED = 500
+"""How many test images those two look at."""
 Parameter = Callable[[str, Use, str], object]
 """(kind, use, parameter) -> its value in the recipe, else its default, else None."""
 
@@ -82,11 +87,13 @@ def _inner_passes(use: Use, parameter: Parameter) -> float:
     return 2.0 * steps * restarts + (STANDARD_STEP if twice else 0.0)
 
 
-def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
+def attack_passes(recipe: Recipe, parameter: Parameter, variant: VariantSpec | None = None) -> float:
     """Return an upper bound of the passes over each test image for one variant: no example is fooled early.
 
-    The clean accuracy, every attack, the security curve, the sanity checks, certificates and corruptions. An attack of
-    a user's own is taken to cost a forward and a backward a step, a certificate of a user's own a forward.
+    `variant`: without one it is one that is not wrapped, and not trained under attack. Wrapped ones are attacked twice,
+    and each of their answers may take several forwards. Counted are the clean accuracy, every attack, the security
+    curve, the sanity checks, certificates and corruptions. An attack of a user's own is taken to cost a forward and a
+    backward a step, a certificate of a user's own a forward.
     """
     facts = facts_of(recipe)
     attacks = sum(one_attack_passes(use, parameter, facts, recipe.threat.norm) for use in recipe.evaluate.attacks)
@@ -95,7 +102,12 @@ def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
     beside += CORRUPTED if recipe.evaluate.corruptions else 0.0
     share = min(recipe.evaluate.audit, facts.test) / facts.test
     beside += share * autoattack_passes(facts.classes, recipe.threat.norm)
-    return 1.0 + attacks + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+    once = 1.0 + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+    if variant is None:
+        return once + attacks
+    if is_attacked_in_training(recipe, variant):
+        once += BEST_AND_LAST * min(COMPARED, facts.test) / facts.test
+    return networks(recipe, variant, parameter) * (once + ways(recipe, variant) * attacks)
 
 
 def certificate_passes(use: Use, parameter: Parameter) -> float:

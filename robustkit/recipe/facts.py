@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from robustkit.recipe.spec import Recipe, Use
+from robustkit.recipe.spec import Recipe
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,6 @@ KNOWN = {
     "cifar100": Facts(100, 3, 32, 10_000),
     "svhn": Facts(10, 3, 32, 26_032),
 }
-
-
-def known_side(data: Use | None) -> int | None:
-    """Return how many pixels a side the images of a source have; None where the recipe does not say."""
-    if data is None:
-        return None
-    size = data.parameters.get("size")
-    known = KNOWN.get(data.name)
-    return size if isinstance(size, int) else known.side if known else None
 
 
 def facts_of(recipe: Recipe) -> Facts:

@@ -37,7 +37,10 @@ def _is_own(reader: Reader, use: Use) -> bool:
 
 
 def check_parted(reader: Reader, draft: Draft, parent: VariantSpec | None, defenses: tuple[Use, ...]) -> None:
-    """Note a vote that would start from one model, or be compressed or tuned as one: its members share no weights."""
+    """Note a vote that would start from one model, or be compressed, tuned or wrapped as one.
+
+    Its members share no weights, and what stands before or beside them is not in what the vote promises.
+    """
     above = [use.label for use in (parent.defenses if parent else ()) if "partition" in owned_hooks(reader, use)]
     own = [use.label for use in defenses if "partition" in owned_hooks(reader, use)]
     if above or (own and parent):
@@ -46,6 +49,10 @@ def check_parted(reader: Reader, draft: Draft, parent: VariantSpec | None, defen
     elif own and draft.given.get("compress"):
         message = f"{own[0]} trains several models, whose vote cannot be compressed"
         reader.problem((*draft.path, "compress"), message, "drop `compress:`")
+    wrappers = [use.label for use in defenses if "wrap" in defined_hooks(reader, use)]
+    if own and wrappers:
+        message = f"{wrappers[0]} wraps the vote of {own[0]}, and how many poisons that tolerates is not known then"
+        reader.problem((*draft.path, "defenses"), message, f"drop {wrappers[0]}; a vote may be a member of an ensemble")
 
 
 def owned_hooks(reader: Reader, use: Use) -> tuple[str, ...]:

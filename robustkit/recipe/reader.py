@@ -41,8 +41,6 @@ class Reader:
         self.problems: list[Problem] = []
         self.labels: tuple[str, ...] = ()
         """Labels of the variants, once they are read."""
-        self.side: int | None = None
-        """Pixels a side of the images, once the data are read and where that says it."""
 
     def problem(self, path: PathTuple, message: str, hint: str | None = None, *, key: bool = False) -> None:
         """Note a problem at a path; `key`: at its key rather than at its value."""

@@ -13,7 +13,6 @@ from robustkit import registry
 from robustkit.errors import Problem, RecipeError, did_you_mean
 from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.recipe.document import Document, apply_overrides, parse_document, read_document
-from robustkit.recipe.facts import known_side
 from robustkit.recipe.gates import RESERVED
 from robustkit.recipe.judged import read_gates
 from robustkit.recipe.norms import check_attacks, check_defenses
@@ -109,7 +108,6 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     normalize = read_normalize(reader, top.get("normalize"))
     top["data"], planted = split_poison(top.get("data"))
     data = _required(reader, "data", top)
-    reader.side = known_side(data)
     poison = read_poison(reader, planted, data)
     model = _required(reader, "model", top)
     train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))

@@ -147,7 +147,7 @@ def _model(
         return parent.model if parent else model
     chosen = reader.use("model", (*draft.path, "model"), draft.given["model"])
     if parent is not None and chosen is not None and chosen != parent.model:
-        wrong = growth_problem(parent, chosen, done, reader.side)
+        wrong = growth_problem(parent, chosen, done)
         if wrong is not None:
             reader.problem((*draft.path, "model"), *wrong)
     return chosen

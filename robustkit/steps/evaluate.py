@@ -19,13 +19,14 @@ from robustkit.evaluation.checks import preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.reporting import default_of, trained_steps, training_of
+from robustkit.models.wrapped import Wrapped
 from robustkit.recipe.cost import autoattack_passes, one_attack_passes, parameter_of
 from robustkit.recipe.facts import facts_of
 from robustkit.recipe.plan import Step
 from robustkit.recipe.spec import Use
 from robustkit.seeding import derive_seed
 from robustkit.steps.last import best_and_last
-from robustkit.store import Partial
+from robustkit.store import AGAIN, PARTIAL, Partial
 from robustkit.workbench import Workbench, threat_of
 
 OUTCOME = "outcome.npz"
@@ -69,7 +70,7 @@ def attack_step(bench: Workbench, step: Step) -> None:
     model, test = bench.model(step.parents[0]), bench.test()
     attack: Attack = bench.create("attack", step.use)  # type: ignore[assignment]
     clean = read_outcome(bench, step.parents[1])
-    _estimate(bench, step.use, clean)
+    _estimate(bench, step.use, clean, ways=_ways(model))
     shown = min(bench.recipe.evaluate.gallery, len(test))
     followed = any(step.key in other.wants for other in bench.plan.steps)
     keep = len(test) if followed else shown
@@ -89,10 +90,15 @@ def attack_step(bench: Workbench, step: Step) -> None:
     _finish_outcome(bench, step, outcome, {"notes": notes, "minimum_norm": expected}, files, ways)
 
 
+def _ways(model: nn.Module) -> int:
+    """Return how often each attack is run on a model."""
+    return 2 if isinstance(model, Wrapped) and not model.transparent else 1
+
+
 def _attacked(
     bench: Workbench, step: Step, model: nn.Module, attack: Attack, *, clean: Outcome, keep: int, again: bool
 ) -> Outcome:
-    """Return the outcome of one attack; the second of a step (`again`) starts anew where the run was stopped."""
+    """Return the outcome of one attack, the second of a step with `again`; each goes on where the run was stopped."""
     assert step.use is not None
     test = bench.test()
     return attack_outcome(
@@ -111,16 +117,17 @@ def _attacked(
         quantize_input=bench.recipe.evaluate.quantize_input,
         allowed=bench.allowed,
         on_progress=bench.attacked,
-        checkpoint=None if again else Partial(bench.store, step.key),
+        checkpoint=Partial(bench.store, step.key, AGAIN if again else PARTIAL),
+        followed=not again and _ways(model) == 2,
     )
 
 
-def _estimate(bench: Workbench, use: Use, clean: Outcome) -> None:
+def _estimate(bench: Workbench, use: Use, clean: Outcome, *, ways: int) -> None:
     """Say what an attack costs at most before it starts, where that may be long."""
     classes = len(bench.any_dataset().classes)
     norm = bench.recipe.threat.norm
     facts = replace(facts_of(bench.recipe), classes=classes)
-    passes = one_attack_passes(use, parameter_of(bench.recipe), facts, norm)
+    passes = ways * one_attack_passes(use, parameter_of(bench.recipe), facts, norm)
     each = clean.seconds / max(1, clean.forwards)
     images = int(clean.correct.sum())
     if passes * each * images >= LONG:

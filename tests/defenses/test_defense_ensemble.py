@@ -19,6 +19,7 @@ from robustkit.errors import ModelError, RecipeError, UsageError
 from robustkit.evaluation.both import attack_both
 from robustkit.models.artefact import load_model, save_model
 from robustkit.models.build import build_model
+from robustkit.models.vote import Vote
 from robustkit.models.wrapped import Wrapped
 from robustkit.recipe.plan import make_plan
 from robustkit.recipe.schema import parse_recipe
@@ -140,6 +141,17 @@ def test_an_ensemble_is_one_file(stored: Path) -> None:
     stored.with_name("two.safetensors").unlink()
     assert torch.equal(joint(images()), Joint([plain, other])(images()))
     assert isinstance(joint.deployed.members[1], Wrapped)
+
+
+def test_a_vote_may_be_a_member(stored: Path) -> None:
+    use = Use(name="small_cnn", parameters={"widths": [3]}, label="small_cnn")
+    vote = Vote([build_model(use, shape=SHAPE, classes=3, mean=[0.5], std=[0.5]).eval() for _ in range(2)]).eval()
+    other, path = stored.with_name("vote.safetensors"), stored.with_name("both.safetensors")
+    save_model(vote, other, use, shape=SHAPE, classes=CLASSES)
+    plain = build_model(use, shape=SHAPE, classes=3, mean=[0.5], std=[0.5]).eval()
+    joint = Use(name="ensemble", parameters={"members": ["vote"]}, label="it")
+    save_model(plain, path, use, shape=SHAPE, classes=CLASSES, wrappers=[joint], members={"it": [other]})
+    assert torch.equal(robustkit.load(path)(images()), Joint([plain, vote])(images()))
 
 
 def test_files_whose_members_do_not_fit_are_refused(stored: Path) -> None:

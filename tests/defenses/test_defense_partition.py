@@ -196,6 +196,7 @@ def test_what_filters_found_in_the_parts_adds_up() -> None:
     [
         ("{a: , b: {from: a, train: {}, defenses: [partition_ensemble]}}", "no variant can start from another one"),
         ("{a: {defenses: [partition_ensemble]}, b: {from: a, train: {}}}", "no variant can start from their vote"),
+        ("{a: {defenses: [partition_ensemble, jpeg]}}", "jpeg wraps the vote of partition_ensemble"),
         ("{a: {defenses: [partition_ensemble], compress: [global_l1: {sparsity: 50%}]}}", "vote cannot be compressed"),
     ],
 )

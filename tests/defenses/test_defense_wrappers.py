@@ -16,6 +16,7 @@ from robustkit.attacks.gradient import Pgd
 from robustkit.defenses.inference import BitDepth, Jpeg, MedianFilter, mean_filter, median_filter, reduce_bit_depth
 from robustkit.defenses.sampled import McDropout, RandomizedSmoothing, mean_answer
 from robustkit.errors import UsageError
+from robustkit.evaluation import seen
 from robustkit.evaluation.both import on_view
 from robustkit.evaluation.ways import adaptive_of
 from robustkit.models.wrapped import Wrapped, view_of
@@ -131,6 +132,46 @@ def test_a_run_stores_attacks_and_reports_wrappers(tmp_path: Path) -> None:
     assert len(wrapped) == 2
     for one in wrapped:
         assert torch.equal(one(images()), one.plain(reduce_bit_depth(images(), 1)))
+
+
+DIES = """\
+from dataclasses import dataclass
+from pathlib import Path
+
+CALLS = Path(__file__).with_name("calls")
+
+
+@dataclass(frozen=True)
+class Dies:
+    def __call__(self, model, x, y, threat, *, generator):
+        calls = CALLS.read_text() if CALLS.exists() else ""
+        way = "a" if type(model).__name__ == "CountedView" else "n"
+        if calls.endswith("aa") and not CALLS.with_name("died").exists():
+            CALLS.with_name("died").touch()
+            raise ValueError("the machine goes down")
+        CALLS.write_text(calls + way)
+        return (x + 0.1).clamp(0, 1)
+"""
+
+
+def test_a_stopped_attack_on_a_wrapped_model_goes_on_in_its_second_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seen, "SAVE_EVERY", 0.0)
+    (tmp_path / "dies.py").write_text(DIES)
+    head, _ = RECIPE.split("variants:")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"{head}variants:\n  bits: {{defenses: [bit_depth: {{bits: 4}}]}}\n"
+        "evaluate: {examples: 40, batch_size: 2, attacks: ['dies.py:Dies'], latency: false}\n"
+    )
+    with pytest.raises(robustkit.RobustkitError, match="goes down"):
+        robustkit.run(recipe, runs=tmp_path)
+    row = robustkit.run(recipe, runs=tmp_path).variants[0]
+    batches = -(-round(row.clean.value * row.clean.n) // 2)
+    assert batches > 3
+    assert (tmp_path / "calls").read_text() == "n" * batches + "a" * batches, "no batch was attacked twice"
+    assert not list(tmp_path.glob("wrapped/steps/*/partial*"))
 
 
 def test_evaluate_attacks_a_wrapped_model_through_its_view_too() -> None:

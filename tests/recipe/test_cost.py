@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.attacks.torchattacks_cost import RULES
 from robustkit.attacks.torchattacks_table import PROFILES
 from robustkit.data.corruptions import CORRUPTIONS
+from robustkit.data.split import split_of
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
 from robustkit.evaluation.certified import certified_outcome
 from robustkit.evaluation.checks import EXAMPLES, preflight, probes
@@ -32,6 +33,7 @@ from robustkit.recipe.norms import ATTACK_NORMS
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import Recipe, Use
 from robustkit.steps import evaluate
+from robustkit.train.validate import ROBUST_EXAMPLES, clean_loss_and_accuracy, robust_accuracy
 
 CPU = torch.device("cpu")
 EPS = {"linf": 0.1, "l2": 1.0, "l1": 5.0, "l0": 3}
@@ -90,12 +92,17 @@ class Stubborn(nn.Module):
         return logits
 
 
-def read(attacks: list[Any], norm: str = "linf", **evaluation: Any) -> Recipe:
+def read(
+    attacks: list[Any],
+    norm: str = "linf",
+    variants: Mapping[str, Any] = {"baseline": None},
+    **evaluation: Any,
+) -> Recipe:
     values = {
         "data": "digits",
         "model": "small_cnn",
         "threat": {"norm": norm, "eps": EPS[norm]},
-        "variants": {"baseline": None},
+        "variants": variants,
         "evaluate": {"attacks": attacks, **evaluation},
     }
     return parse_recipe(json.dumps(values))
@@ -240,6 +247,41 @@ def test_the_certificates_are_counted(use: Any) -> None:
     assert said == pytest.approx(told[0] / IMAGES)
     if known.name != "interval":
         assert counted_passes == pytest.approx(said)
+
+
+VARIANTS: dict[str, Any] = {
+    "plain": {},
+    "robust": {"defenses": ["n_fgsm"]},
+    "bits": {"from": "plain", "defenses": [{"bit_depth": {"bits": 2}}]},
+    "smooth": {"from": "plain", "defenses": [{"randomized_smoothing": {"samples": 5}}]},
+    "joint": {"from": "plain", "defenses": [{"ensemble": {"members": ["robust"]}}]},
+    "mixed": {"from": "plain", "defenses": [{"ensemble": {"members": ["robust", "bits", "joint"]}}]},
+}
+
+
+def test_wrapped_variants_are_attacked_twice_and_ask_as_many_networks_as_they_hold() -> None:
+    def said(label: str, attacks: list[str]) -> float:
+        recipe = read(attacks, variants=VARIANTS)
+        return cost.attack_passes(recipe, parameter, recipe.variant(label))
+
+    once, attacked = said("plain", []), said("plain", ["noise"]) - said("plain", [])
+    assert said("plain", ["noise"]) == cost.attack_passes(read(["noise"]), parameter)
+    expected = {"bits": (1, 2), "smooth": (5, 2), "joint": (2, 1), "mixed": (1 + 1 + 1 + 2, 2)}
+    for label, (networks, ways) in expected.items():
+        assert said(label, ["noise"]) == pytest.approx(networks * (once + ways * attacked)), label
+
+
+def test_the_best_and_the_last_epoch_are_counted() -> None:
+    found = read([], variants=VARIANTS)
+    plain, robust = (cost.attack_passes(found, parameter, found.variant(label)) for label in ("plain", "robust"))
+    split = split_of(torch.zeros(IMAGES, 1, 8, 8, dtype=torch.uint8), torch.zeros(IMAGES, dtype=torch.int64))
+
+    def run(model: nn.Module) -> None:
+        clean_loss_and_accuracy(model, split, CPU)
+        robust_accuracy(model, split, Threat("linf", 0.1), CPU, seed=0)
+
+    assert robust - plain == pytest.approx(2 * passes(run, IMAGES))
+    assert cost.COMPARED == ROBUST_EXAMPLES
 
 
 def test_what_is_not_known_of_the_data_is_taken_to_be_large() -> None:

@@ -63,9 +63,9 @@ class SmallCnn(nn.Module):
         shape: tuple[int, int, int],
         classes: int,
         widths: list[PositiveInt] = [32, 64, 64],  # noqa: B006
+        extra: NonNegativeInt = 0,
         whiten: Literal["none", "frozen", "trained"] = "none",
         dirac: bool = False,
-        extra: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape

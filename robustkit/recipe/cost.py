@@ -10,6 +10,7 @@ from robustkit import registry
 from robustkit.attacks.torchattacks_cost import torchattacks_passes
 from robustkit.recipe.deployed_cost import is_attacked_in_training, networks, ways
 from robustkit.recipe.facts import Facts, facts_of
+from robustkit.recipe.quantized import quantizer_of, queries_of
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
 STANDARD_STEP = 3.0
@@ -108,6 +109,15 @@ def attack_passes(recipe: Recipe, parameter: Parameter, variant: VariantSpec | N
     if is_attacked_in_training(recipe, variant):
         once += BEST_AND_LAST * min(COMPARED, facts.test) / facts.test
     return networks(recipe, variant, parameter) * (once + ways(recipe, variant) * attacks)
+
+
+def artefact_passes(variant: VariantSpec) -> float:
+    """Return the passes over each test image that a quantized variant takes beside the recipe's attacks.
+
+    Two starts of 40 steps of pgd on its float model, a look at what came of them, and queries.
+    """
+    quantizer = quantizer_of(variant.compress)
+    return 0.0 if quantizer is None else _pgd(40.0, 2.0) + 1.0 + queries_of(quantizer) + 1.0
 
 
 def certificate_passes(use: Use, parameter: Parameter) -> float:

@@ -153,7 +153,9 @@ def test_a_file_answers_as_the_model_and_its_view_has_the_models_gradients(
 
 
 @pytest.mark.slow
-def test_int8_weights_are_bytes_per_channel_and_logits_stay_floats(pair: tuple[nn.Module, Tensor], int8: OnnxModel) -> None:
+def test_int8_weights_are_bytes_per_channel_and_logits_stay_floats(
+    pair: tuple[nn.Module, Tensor], int8: OnnxModel
+) -> None:
     (model, images), made = pair, int8
     assert made.made is not None
     levels = (images * 255).round().to(torch.uint8)

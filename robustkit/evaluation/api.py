@@ -18,10 +18,10 @@ from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.errors import ModelError, UsageError
 from robustkit.evaluation.attacked import as_images, attack_outcome, clean_outcome, device_of
 from robustkit.evaluation.audit import audit as audit_survivors
-from robustkit.evaluation.both import attack_both, looked_at, on_view
-from robustkit.evaluation.checks import preflight
+from robustkit.evaluation.both import attack_both
 from robustkit.evaluation.compare import audit_flags, budget_flags, compare_flags, finite_flags
 from robustkit.evaluation.distances import MinimumDistances
+from robustkit.evaluation.look import looked_at
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.rules import silent_flags
 from robustkit.results import Audit, Flag, Rate
@@ -225,9 +225,7 @@ def _evaluation(
 ) -> Evaluation:
     correct = {"clean": clean.correct, **{label: outcome.correct for label, outcome in outcomes.items()}}
     worst = stats.worst_case(correct.values())
-    seen = looked_at(model)
-    flags = preflight(seen, x, y, threat, seed=seed, device=device) if outcomes else []
-    flags = flags if seen is model else on_view(flags)
+    flags = looked_at(model, x, y, threat, seed=seed, device=device) if outcomes else []
     flags += finite_flags({"clean": clean.not_finite, **{name: one.not_finite for name, one in outcomes.items()}})
     flags += compare_flags(correct, {label: name for label, (name, _) in made.items()})
     flags += silent_flags({label: one.silent for label, one in outcomes.items()}, clean.correct.size)

@@ -28,8 +28,8 @@ def stronger_flags(quantized: Bools, floating: Bools, *, trained: bool) -> list[
         return []
     if trained:
         message = (
-            f"{found.difference:.1%} more withstand attacks than of its float parent (p = {found.p:.2g}): it was trained "
-            "since, which may be why; rounding alone adds no robustness"
+            f"{found.difference:.1%} more withstand attacks than of its float parent (p = {found.p:.2g}): it was "
+            "trained since, which may be why; rounding alone adds no robustness"
         )
         return [Flag(id="int8-stronger", severity="note", message=message)]
     message = (

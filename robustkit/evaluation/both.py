@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.adaptive import Through
 from robustkit.attacks.threat import Attack
+from robustkit.evaluation.attacked import as_images
 from robustkit.evaluation.outcome import Outcome
 from robustkit.models.wrapped import has_view, view_of, without_gradient
 from robustkit.results import Flag
@@ -34,7 +35,7 @@ def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
 
     Such a view is the same function with better gradients: what it hides is hidden, what it shows is dealt with. What
     has no gradient at all is looked at through its view in any case; how far the two agree is measured elsewhere.
-    images: (N, C, H, W) uint8.
+    images: (N, C, H, W) uint8, or floats in [0, 1].
     """
     if not has_view(model):
         return model
@@ -42,14 +43,9 @@ def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
     if without_gradient(model):
         return view
     with torch.no_grad():
-        floats = images.to(torch.float32) / 255
+        floats = as_images(images)
         same = torch.equal(view(floats), model(floats))
     return view if same else model
-
-
-def looked_at(model: nn.Module) -> nn.Module:
-    """Return what checks of gradients look at: the view of a model without any, else the model."""
-    return view_of(model) if without_gradient(model) else model
 
 
 def on_view(flags: Sequence[Flag]) -> list[Flag]:

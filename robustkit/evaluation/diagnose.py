@@ -13,8 +13,11 @@ from robustkit.attacks.threat import Threat
 from robustkit.errors import UsageError
 from robustkit.evaluation.api import Model, as_module, checked_examples
 from robustkit.evaluation.attacked import clean_outcome, device_of
-from robustkit.evaluation.checks import EXAMPLES, preflight, probes
+from robustkit.evaluation.both import checked_view
+from robustkit.evaluation.checks import EXAMPLES, probes
 from robustkit.evaluation.compare import finite_flags
+from robustkit.evaluation.look import looked_at
+from robustkit.models.wrapped import without_gradient
 from robustkit.results import Flag
 
 ORDER = ("wrong", "doubt", "note")
@@ -67,9 +70,10 @@ def diagnose(
         device = device_of(module, images.device)
         clean = clean_outcome(module, images, labels, batch_size=batch_size, device=device)
         other = None if surrogate is None else as_module(surrogate)
+        seen = checked_view(module, images[:8].to(device)) if without_gradient(module) else module
         flags = [
             *finite_flags({"clean": clean.not_finite}),
-            *preflight(module, images, labels, threat, seed=seed, device=device),
-            *probes(module, images, labels, threat, seed=seed, device=device, surrogate=other),
+            *looked_at(module, images, labels, threat, seed=seed, device=device),
+            *probes(seen, images, labels, threat, seed=seed, device=device, surrogate=other),
         ]
     return Diagnosis(sorted(flags, key=lambda one: ORDER.index(one.severity)), threat, min(EXAMPLES, len(labels)))

@@ -87,7 +87,15 @@ def save_model(
         return
     held = model.tensors() if isinstance(model, Quantized) else model.state_dict()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in held.items()}
-    write_atomic(path, save(tensors, metadata={"robustkit": described.model_dump_json(exclude_defaults=True)}))
+    write_atomic(path, save(tensors, metadata={"robustkit": _text(described)}))
+
+
+def _text(described: Architecture) -> str:
+    values = described.model_dump(mode="json", exclude={"quantized"})
+    if described.quantized is not None:
+        # What a graph's calls do not have is left out: there are hundreds of them.
+        values["quantized"] = described.quantized.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(values, separators=(",", ":"))
 
 
 def is_model_file(path: Path) -> bool:
@@ -264,7 +272,8 @@ def _fill(model: nn.Module, path: Path) -> None:
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(tensor.shape):
                     raise ModelError(f"{path}: {name} has shape {shape}, the architecture has {tuple(tensor.shape)}")
-            state = {name: file.get_tensor(name) for name in wanted}
+            # Copies: where a tensor lies in the file decides its alignment, and that the last bit of some sums.
+            state = {name: file.get_tensor(name).clone() for name in wanted}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: truncated or broken: {error}") from error
     for name, tensor in wanted.items():

@@ -42,7 +42,8 @@ def load_quantized(path: Path, described: QuantizedFile, shape: tuple[int, int, 
         with safe_open(str(path), framework="pt") as file:
             shapes = {name: _shape_of(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
             check_program(described.program, shapes, shape, classes)
-            tensors = {name: file.get_tensor(name) for name in shapes}
+            # Copies: where a tensor lies in the file decides its alignment, and that the last bit of some sums.
+            tensors = {name: file.get_tensor(name).clone() for name in shapes}
     except ModelError as error:
         raise ModelError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     except (SafetensorError, OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from rich.tree import Tree
 
 from robustkit import pipeline, registry
 from robustkit.errors import DataError, NotDownloaded
-from robustkit.recipe.cost import attack_passes, autoattack_passes, parameter_of, training_passes
+from robustkit.recipe.cost import artefact_passes, attack_passes, autoattack_passes, parameter_of, training_passes
 from robustkit.recipe.facts import facts_of
 from robustkit.recipe.plan import Plan, describe_use, describe_variant
 from robustkit.recipe.schema import load_recipe
@@ -87,7 +87,7 @@ def _row(recipe: Recipe, variant: VariantSpec, plan: Plan | None, store: Store) 
         "done": state["done"] if plan else None,
         "to_run": state["to run"] if plan else None,
         "training_passes": training_passes(variant, parameter),
-        "attack_passes": attack_passes(recipe, parameter),
+        "attack_passes": attack_passes(recipe, parameter) + artefact_passes(variant),
     }
 
 

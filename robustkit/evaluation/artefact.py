@@ -117,6 +117,7 @@ def beside_surrogate(
         transfer = _added(transfer, setting.attacked(model, _Stay(), "transfer", transfer, probes=images))
     left = replace(transfer, correct=surrogate & transfer.correct)
     square = setting.attacked(model, Square(n_queries=queries), "square", left)
+    square = replace(square, correct=left.correct & square.correct)
     return Beside(transfer, square, left.correct, len(sets), disagreeing(model, setting))
 
 

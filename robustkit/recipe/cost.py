@@ -9,6 +9,7 @@ from typing import cast
 from robustkit import registry
 from robustkit.attacks.torchattacks_cost import torchattacks_passes
 from robustkit.recipe.facts import Facts, facts_of
+from robustkit.recipe.quantized import quantizer_of, queries_of
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
 STANDARD_STEP = 3.0
@@ -92,6 +93,15 @@ def attack_passes(recipe: Recipe, parameter: Parameter) -> float:
     share = min(recipe.evaluate.audit, facts.test) / facts.test
     beside += share * autoattack_passes(facts.classes, recipe.threat.norm)
     return 1.0 + attacks + beside + len(budgets) * CURVE + CHECKS * min(CHECKED, facts.test) / facts.test
+
+
+def artefact_passes(variant: VariantSpec) -> float:
+    """Return the passes over each test image that a quantized variant takes beside the recipe's attacks.
+
+    Two starts of 40 steps of pgd on its float model, a look at what came of them, and queries.
+    """
+    quantizer = quantizer_of(variant.compress)
+    return 0.0 if quantizer is None else _pgd(40.0, 2.0) + 1.0 + queries_of(quantizer) + 1.0
 
 
 def certificate_passes(use: Use, parameter: Parameter) -> float:

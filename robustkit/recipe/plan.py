@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from robustkit.recipe.quantized import quantizer_of, queries_of
+from robustkit.recipe.describe import describe_use as describe_use
+from robustkit.recipe.describe import describe_variant as describe_variant
+from robustkit.recipe.quantized import ancestors_of, quantizer_of, queries_of
 from robustkit.recipe.rewind import kept_epochs
 from robustkit.recipe.spec import Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
@@ -182,8 +184,9 @@ def _evaluation_steps(
     steps += attacks
     quantizer = quantizer_of(variant.compress)
     if quantizer is not None:
-        attacks = [*attacks, _artefact_step(recipe, variant, seed, (fit, clean), attacks, attack_keys, quantizer)]
-        steps.append(attacks[-1])
+        beside = _artefact_step(recipe, variant, seed, (fit, clean), common, attacks, attack_keys, quantizer)
+        attacks = [*attacks, beside]
+        steps.append(beside)
     if evaluate.audit:
         read = (clean, *(step.key for step in attacks))
         key = content_key(kind="audit", **common, threat=threat, count=evaluate.audit, steps=sorted(read))
@@ -242,30 +245,19 @@ def _artefact_step(
     variant: VariantSpec,
     seed: int,
     parents: tuple[str, str],
+    common: Mapping[str, object],
     attacks: list[Step],
     attack_keys: AttackKeys,
     quantizer: Use,
 ) -> Step:
     """Return the step that attacks a quantized variant beside its surrogate, with what fooled its float ancestors."""
-    wants = []
-    above = variant.parent
-    while above is not None:
-        wants += [attack_keys[above, seed, use.label] for use in recipe.evaluate.attacks]
-        above = recipe.variant(above).parent
+    line = ancestors_of(recipe, variant)
+    wants = tuple(attack_keys[one.label, seed, use.label] for one in line for use in recipe.evaluate.attacks)
     read = tuple(step.key for step in attacks)
-    key = content_key(
-        kind="artefact",
-        model=parents[0],
-        threat=_threat(recipe.threat),
-        examples=recipe.evaluate.examples,
-        seed=seed,
-        steps=sorted(read),
-        crafted=sorted(wants),
-        queries=queries_of(quantizer),
-        **_rounding(recipe),
-    )
+    asked = {"steps": sorted(read), "crafted": sorted(wants), "queries": queries_of(quantizer)}
+    key = content_key(kind="artefact", **common, threat=_threat(recipe.threat), **asked, **_rounding(recipe))
     words = "images of float models, and queries"
-    return Step("artefact", key, variant.label, seed, (*parents, *read), quantizer, words, tuple(wants))
+    return Step("artefact", key, variant.label, seed, (*parents, *read), quantizer, words, wants)
 
 
 def _rounding(recipe: Recipe) -> dict[str, object]:
@@ -311,23 +303,6 @@ def _latency_step(recipe: Recipe, fit_keys: Mapping[tuple[str, int], str]) -> St
 
 def _threat(threat: ThreatSpec) -> dict[str, object]:
     return {"norm": threat.norm, "eps": threat.eps}
-
-
-def describe_use(use: Use) -> str:
-    """Return a use in words: `pgd(steps=20, restarts=2)`."""
-    inside = ", ".join(f"{key}={_short(value)}" for key, value in use.parameters.items())
-    return f"{use.name}({inside})" if inside else use.name
-
-
-def describe_variant(variant: VariantSpec) -> str:
-    """Return what is done to a variant, in words."""
-    parts = [describe_use(use) for use in (*variant.compress, *variant.defenses)]
-    taught = f", teacher {variant.teacher}" if variant.teacher else ""
-    return " + ".join(parts) + taught if parts else "standard training" if variant.parent is None else "no change"
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: object) -> object:

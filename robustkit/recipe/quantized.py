@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-from robustkit.recipe.spec import Use, VariantSpec
+from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
 INT8, ONNX = "int8", "onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -24,6 +24,15 @@ def queries_of(use: Use) -> int:
     given = use.parameters.get("queries", QUERIES)
     assert isinstance(given, int)
     return given
+
+
+def ancestors_of(recipe: Recipe, variant: VariantSpec) -> list[VariantSpec]:
+    """Return the variants that one descends from, its parent first."""
+    found = []
+    while variant.parent is not None:
+        variant = recipe.variant(variant.parent)
+        found.append(variant)
+    return found
 
 
 def lacks_packages(variants: Iterable[VariantSpec]) -> str | None:

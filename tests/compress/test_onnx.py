@@ -217,6 +217,18 @@ def _edited(data: bytes, what: str) -> bytes:
         proto.graph.node[0].op_type = "GridSample"
     elif what == "domain":
         proto.graph.node[0].domain = "com.evil"
+    elif what in ("growing", "growing weights"):
+        name = "image" if what == "growing" else proto.graph.initializer[0].name
+        grown = [helper.make_node("Concat", [f"g{n}" if n else name] * 2, [f"g{n + 1}"], axis=0) for n in range(40)]
+        nodes = [*grown, *proto.graph.node]
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
+    elif what == "misfit":
+        proto.graph.initializer[0].CopyFrom(
+            numpy_helper.from_array(np.zeros(7, np.float32), proto.graph.initializer[0].name)
+        )
+    elif what == "function":
+        proto.functions.add(name="Relu", domain="")
     elif what == "outside":
         proto.graph.initializer[0].data_location = TensorProto.EXTERNAL
         proto.graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
@@ -237,6 +249,10 @@ def _edited(data: bytes, what: str) -> bytes:
         ("operation", "operations that have no gradient here: GridSample"),
         ("domain", "com.evil::"),
         ("outside", "keeps data outside of itself"),
+        ("growing", "values for two images, which is absurd"),
+        ("growing weights", "which is absurd"),
+        ("misfit", "does not fit its inputs"),
+        ("function", "functions of its own"),
         ("classes", "names 11 classes"),
         ("no architecture", "no robustkit architecture"),
         ("truncated", "truncated"),

@@ -40,7 +40,7 @@ def prepare(model: nn.Module, runtime: str, shape: tuple[int, int, int]) -> Prep
 
 
 def compiled(model: nn.Module, x: Tensor) -> Run:
-    """Return the model compiled whole for batches like x, its weights frozen into the code (inductor's `freezing`).
+    """Return the model compiled whole for batches like x, its weights frozen into the code; call it in `compiling()`.
 
     Raises:
         ModelError: there is no compiler, or a part of the model cannot be compiled.
@@ -52,16 +52,11 @@ def compiled(model: nn.Module, x: Tensor) -> Run:
         model = model.artefact
     run: Run = torch.compile(model, fullgraph=True, dynamic=False)
     try:
-        with compiling(), torch.inference_mode():
+        with torch.inference_mode():
             run(x)
     except Exception as error:  # the compiler raises whatever a part of it does
         raise ModelError(f"inductor cannot compile it: {_first_line(error)}") from error
-
-    def again(images: Tensor) -> object:
-        with compiling():
-            return run(images)
-
-    return again
+    return run
 
 
 @contextmanager

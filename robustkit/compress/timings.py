@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from robustkit.compress.latency import THOROUGH, Effort, in_turns, timer
-from robustkit.compress.runtimes import Prepared, forget_compiled, prepare
+from robustkit.compress.runtimes import Prepared, compiling, forget_compiled, prepare
 from robustkit.errors import ModelError
 from robustkit.results import Timing
 
@@ -93,7 +93,7 @@ def _prepared(
 def _time(
     ready: dict[str, Prepared], runtime: str, threads: int, x: torch.Tensor, effort: Effort, told: Timings
 ) -> None:
-    with torch_threads(threads):
+    with torch_threads(threads), compiling() if runtime == "inductor" else nullcontext():
         timers = {}
         for name, made in ready.items():
             try:

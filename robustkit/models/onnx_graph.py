@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 WEIGHTED = {"Conv": 1, "Gemm": 1, "MatMul": 1}
 """Operations with weights, and which of their inputs these are."""
 IMAGE, LOGITS = "image", "logits"
+MAX_VALUES = 2**28
+"""So many values may an operation give."""
 
 
 class OnnxGraph(nn.Module):
@@ -37,7 +39,9 @@ class OnnxGraph(nn.Module):
             if node.op_type == "Constant":
                 known[node.output[0]] = given["value"]
             elif all(name in known or not name for name in node.input):
-                known[node.output[0]] = _run(node.op_type, given, [known.get(name) for name in node.input])
+                constants = [known.get(name) for name in node.input]
+                _size(node.op_type, given, constants)
+                known[node.output[0]] = _run(node.op_type, given, constants)
             else:
                 self.steps.append((node.op_type, given, list(node.input), node.output[0]))
         self._keep(known)
@@ -67,6 +71,13 @@ class OnnxGraph(nn.Module):
             values[output] = _run(kind, given, [values.get(name) for name in inputs])
         return values[LOGITS]
 
+    def check_size(self, shape: tuple[int, int, int]) -> None:
+        """Raise a ModelError where images (C, H, W) would become absurdly large in between; nothing is allocated."""
+        values: dict[str, Tensor] = {name: getattr(self, place) for name, place in self.constants.items()}
+        values[IMAGE] = torch.empty(2, *shape, device="meta")
+        for kind, given, inputs, output in self.steps:
+            values[output] = _size(kind, given, [values.get(name) for name in inputs])
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of convolutions and linear layers by their names in the file."""
         names = [
@@ -82,6 +93,8 @@ def check_proto(proto: ModelProto) -> None:
     from onnx import TensorProto
 
     graph = proto.graph
+    if proto.functions:
+        raise ModelError("the ONNX file defines functions of its own, which are not read")
     odd = sorted(
         {
             f"{node.domain}::{node.op_type}" if node.domain else node.op_type
@@ -118,6 +131,24 @@ def _attribute(one: Any) -> Any:  # noqa: ANN401
     if value.data_location == TensorProto.EXTERNAL:
         raise ModelError("the ONNX file keeps data outside of itself, which is not read")
     return torch.from_numpy(numpy_helper.to_array(value).copy())
+
+
+def _size(kind: str, given: dict[str, Any], inputs: list[Tensor | None]) -> Tensor:
+    """Return what an operation gives on the meta device.
+
+    Raises:
+        ModelError: it is absurdly large, or the operation does not fit its inputs.
+    """
+    # Shapes and axes are 64-bit integers, and are needed as values.
+    sizes = [one if one is None or one.dtype == torch.int64 else one.to("meta") for one in inputs]
+    try:
+        found = _run(kind, given, sizes)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ModelError(f"the ONNX file's {kind} does not fit its inputs: {first}") from error
+    if found.numel() > MAX_VALUES:
+        raise ModelError(f"the ONNX file's {kind} gives {found.numel():,} values for two images, which is absurd")
+    return found
 
 
 def _run(kind: str, given: dict[str, Any], inputs: list[Tensor | None]) -> Tensor:

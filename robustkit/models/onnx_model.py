@@ -135,6 +135,7 @@ def load_onnx(path: Path, classes: int, shape: tuple[int, int, int]) -> OnnxMode
     try:
         made = Quantization.model_validate_json(told[QUANTIZATION]) if QUANTIZATION in told else None
         model = OnnxModel(path.read_bytes(), made)
+        model.graph.check_size(shape)
         with torch.no_grad():
             given = model(torch.zeros(2, *shape))
     except (ModelError, ValidationError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from robustkit.models.wrapped import view_of, without_gradient
 from robustkit.recipe.plan import Step
 from robustkit.results import Flag
 from robustkit.seeding import derive_seed
@@ -27,6 +28,8 @@ def best_and_last(bench: Workbench, step: Step) -> dict[str, Any]:
     found: dict[str, Any] = {"n": len(test)}
     for which, name in (("best", MODEL), ("last", LAST)):
         model = bench.load(fit, name)
+        # What has no gradient is looked at through its view, or nothing would be attacked.
+        model = view_of(model) if without_gradient(model) else model
         seed = derive_seed(step.seed, step.key, "last")
         attacked = robust_accuracy(model, test, threat, bench.device, seed=seed)
         clean = clean_loss_and_accuracy(model, test, bench.device)[1]

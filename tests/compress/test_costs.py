@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import robustkit
+from robustkit import provenance
 from robustkit.compress.latency import QUICK, THOROUGH, Effort
 from robustkit.compress.memory import peak_activation_bytes
 from robustkit.compress.timings import measure_timings
@@ -326,6 +327,15 @@ def test_an_onnx_file_is_compared_across_runtimes_by_name() -> None:
 def test_a_pattern_is_said_to_need_other_hardware() -> None:
     variant = row("small", **SPARSE)  # type: ignore[arg-type]
     assert "NVIDIA" in cost_notes(variant, [row("base"), variant], Made(["n_m"]))[1]
+
+
+def test_the_record_names_the_processors_extensions_for_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "model name\t: A CPU\nflags\t\t: fpu avx2 avx_vnni sse avx512f avx512_vnni amx_tile amx_int8\n"
+    monkeypatch.setattr(provenance, "_read", lambda path: told)
+    found = provenance.cpu()
+    assert found["name"] == "A CPU"
+    assert found["extensions"] == ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_tile", "amx_int8"]
+    assert {"torch", "torchao", "onnxruntime"} <= set(provenance.PACKAGES)
 
 
 RECIPE = """\

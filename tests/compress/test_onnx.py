@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,14 +20,17 @@ from robustkit.cli.group import run as cli
 from robustkit.compress.onnx_artefact import as_int8_onnx, as_onnx, view_differences
 from robustkit.compress.onnx_int8 import to_int8
 from robustkit.data.load import load_dataset
+from robustkit.data.split import split_of
 from robustkit.errors import ModelError, RecipeError, UsageError
 from robustkit.evaluation.artefact_rules import surrogate_flags
 from robustkit.models.artefact import load_model, read_architecture, save_model
 from robustkit.models.build import build_model
 from robustkit.models.onnx_model import OnnxModel
 from robustkit.models.onnx_ops import OPERATIONS, dequantize, quantize
+from robustkit.recipe.plan import Step
 from robustkit.recipe.schema import parse_recipe
-from robustkit.recipe.spec import Use
+from robustkit.recipe.spec import ThreatSpec, Use
+from robustkit.steps.last import best_and_last
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -190,12 +194,41 @@ def test_attacks_go_through_the_view_and_the_file_judges(pair: tuple[nn.Module, 
     assert fooled > 0.1, "what is found on the view fools ONNX Runtime"
 
 
+@pytest.mark.slow
+def test_best_and_last_epoch_are_attacked_through_the_view(pair: tuple[nn.Module, Tensor], int8: OnnxModel) -> None:
+    images = (pair[1] * 255).round().to(torch.uint8)
+    split = split_of(images, int8(images.float() / 255).argmax(1))
+    rows = [{"epoch": 0, "robust": 0.5}, {"epoch": 1, "robust": 0.4}]
+    bench = SimpleNamespace(
+        store=SimpleNamespace(record=lambda key: {"epochs": rows, "best_epoch": 0}),
+        load=lambda key, name: int8,
+        test=lambda: split,
+        recipe=SimpleNamespace(variant=lambda label: SimpleNamespace(threat=ThreatSpec(eps=0.2))),
+        device=torch.device("cpu"),
+    )
+    found = best_and_last(bench, Step("checks", "key", "file", 0, ("fit",)))["epochs"]  # type: ignore[arg-type]
+    assert found["best"]["clean"] == 1.0
+    assert found["best"]["robust"] < 0.8
+
+
 def _edited(data: bytes, what: str) -> bytes:
     proto = onnx.load_from_string(data)
     if what == "operation":
         proto.graph.node[0].op_type = "GridSample"
     elif what == "domain":
         proto.graph.node[0].domain = "com.evil"
+    elif what in ("growing", "growing weights"):
+        name = "image" if what == "growing" else proto.graph.initializer[0].name
+        grown = [helper.make_node("Concat", [f"g{n}" if n else name] * 2, [f"g{n + 1}"], axis=0) for n in range(40)]
+        nodes = [*grown, *proto.graph.node]
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
+    elif what == "misfit":
+        proto.graph.initializer[0].CopyFrom(
+            numpy_helper.from_array(np.zeros(7, np.float32), proto.graph.initializer[0].name)
+        )
+    elif what == "function":
+        proto.functions.add(name="Relu", domain="")
     elif what == "outside":
         proto.graph.initializer[0].data_location = TensorProto.EXTERNAL
         proto.graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
@@ -216,6 +249,10 @@ def _edited(data: bytes, what: str) -> bytes:
         ("operation", "operations that have no gradient here: GridSample"),
         ("domain", "com.evil::"),
         ("outside", "keeps data outside of itself"),
+        ("growing", "values for two images, which is absurd"),
+        ("growing weights", "which is absurd"),
+        ("misfit", "does not fit its inputs"),
+        ("function", "functions of its own"),
         ("classes", "names 11 classes"),
         ("no architecture", "no robustkit architecture"),
         ("truncated", "truncated"),

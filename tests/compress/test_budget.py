@@ -114,7 +114,9 @@ def test_a_budget_is_exactly_one(given: str) -> None:
         parse_recipe(text)
 
 
-@pytest.mark.parametrize("method", ["global_l1", "layer_l1", "lamp", "random"])
+@pytest.mark.parametrize(
+    "method", ["global_l1", "random", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layer_l1", "lamp"))]
+)
 def test_single_weights_meet_bytes_after_gzip_with_the_fewest_zeros(method: str, tmp_path: Path) -> None:
     held = keeper(Budget(method=method, gzip_bytes=25_000))  # type: ignore[arg-type]
     model = held.finish(held.compress(network()))

@@ -13,6 +13,8 @@ STRONGER = 0.02
 """So much more robust than the float model may a quantized one be."""
 MISSED = 0.01
 """Such a share of the examples may attacks on the surrogate miss."""
+LEAST = 2
+"""One example more or less is chance."""
 SIGNIFICANT = 0.05
 BITS_HINT = "attack with more steps and restarts, and quote the union only"
 
@@ -47,10 +49,10 @@ def missed_flags(surrogate: Bools, transfer: Bools, square: Bools) -> list[Flag]
     under queries of the quantized model.
     """
     found = []
-    for name, other in (("images of the float models", transfer), ("Square on the quantized model", square)):
+    for name, other in (("images of the float models", transfer), ("queries of the quantized model (Square)", square)):
         missed = int(np.count_nonzero(surrogate & ~other))
         share = missed / max(1, surrogate.size)
-        if share > MISSED:
+        if missed >= LEAST and share > MISSED:
             message = (
                 f"{name} fool {missed} examples ({share:.1%}) that attacks on the surrogate miss: its gradients "
                 f"mislead; the worst case counts them; {BITS_HINT}"

@@ -8,7 +8,7 @@ from robustkit.models.wrapped import view_of, without_gradient
 from robustkit.recipe.plan import Step
 from robustkit.results import Flag
 from robustkit.seeding import derive_seed
-from robustkit.steps.fit import LAST
+from robustkit.steps.fit import FLOAT, LAST
 from robustkit.store import MODEL
 from robustkit.train.validate import clean_loss_and_accuracy, robust_accuracy, robust_subset
 from robustkit.workbench import Workbench, threat_of
@@ -26,7 +26,9 @@ def best_and_last(bench: Workbench, step: Step) -> dict[str, Any]:
         return {}
     threat, test = threat_of(bench.recipe.variant(step.variant).threat), robust_subset(bench.test())
     found: dict[str, Any] = {"n": len(test)}
-    for which, name in (("best", MODEL), ("last", LAST)):
+    # A quantized model has no gradient, and no last epoch: what it was made of has both.
+    best = FLOAT if made.get("quantization") else MODEL
+    for which, name in (("best", best), ("last", LAST)):
         model = bench.load(fit, name)
         # What has no gradient is looked at through its view, or nothing would be attacked.
         model = view_of(model) if without_gradient(model) else model
@@ -39,5 +41,6 @@ def best_and_last(bench: Workbench, step: Step) -> dict[str, Any]:
         f"{which} (epoch {epochs[which]}) {found[which]['clean']:.1%} clean, {found[which]['robust']:.1%} attacked"
         for which in ("best", "last")
     ]
-    message = f"on {len(test)} test images under ten margin steps: {'; '.join(parts)}; the best one is reported"
+    whose = " of the float model" if best == FLOAT else ""
+    message = f"on {len(test)} test images under ten margin steps{whose}: {'; '.join(parts)}; the best one is reported"
     return {"epochs": found, "flags": [Flag(id="best-and-last", severity="note", message=message)]}

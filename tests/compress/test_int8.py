@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from robustkit.cli.group import run as cli
 from robustkit.compress.int8 import Int8, check_surrogate, quantize
 from robustkit.compress.pt2e import quantized_graph
 from robustkit.compress.qat import FakeQuantization
+from robustkit.data.split import split_of
 from robustkit.errors import ModelError, RecipeError, UsageError
 from robustkit.evaluation.artefact_rules import missed_flags, stronger_flags, surrogate_flags
 from robustkit.evaluation.both import attack_both, checked_view
@@ -34,9 +36,11 @@ from robustkit.models.normalized import Normalized
 from robustkit.models.program import as_program
 from robustkit.models.quantized import Quantization, Quantized, round_trip
 from robustkit.models.wrapped import view_of
-from robustkit.recipe.plan import make_plan
+from robustkit.recipe.plan import Step, make_plan
 from robustkit.recipe.schema import parse_recipe
-from robustkit.recipe.spec import Use
+from robustkit.recipe.spec import ThreatSpec, Use
+from robustkit.steps.fit import FLOAT
+from robustkit.steps.last import best_and_last
 
 Shape = tuple[int, int, int]
 CLASSES = tuple("0123456789")
@@ -447,3 +451,25 @@ def test_int8_from_a_recipe_is_stored_resumed_and_reported(tmp_path: Path, capsy
     artefact.unlink()
     assert cli(arguments) == 0
     assert {**json.loads(artefact.read_bytes()), "seconds": 0} == {**json.loads(before), "seconds": 0}
+
+
+def test_the_best_epoch_of_a_quantized_variant_is_told_by_its_float_model() -> None:
+    asked: list[str] = []
+
+    def loaded(key: str, name: str) -> nn.Module:
+        asked.append(name)
+        return made()
+
+    made_of = {"epochs": [{"epoch": 1, "robust": 0.5}], "best_epoch": 0, "quantization": {"bits": 8}}
+    split = split_of((images() * 255).round().to(torch.uint8), torch.arange(32) % 10)
+    threat = ThreatSpec(norm="linf", eps=0.1)
+    bench: Any = SimpleNamespace(
+        store=SimpleNamespace(record=lambda key: made_of),
+        recipe=SimpleNamespace(variant=lambda label: SimpleNamespace(threat=threat)),
+        test=lambda: split,
+        load=loaded,
+        device=torch.device("cpu"),
+    )
+    found = best_and_last(bench, Step("checks", "key", "q", 0, ("fit",)))
+    assert asked == [FLOAT, "last.safetensors"]
+    assert "of the float model" in found["flags"][0].message

@@ -14,6 +14,8 @@ ROUNDED = 0.05
 """So many weights of a quantized model may be zero by rounding alone."""
 SMALLER = 0.99
 """From this share of the reference's MACs on, work was really saved."""
+ROUGHLY = 1.05
+"""Files that differ by less are of one size."""
 PATTERN = "n_m"
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
@@ -119,6 +121,8 @@ def _vnni(made: Made) -> str:
 
 def _smaller(row: VariantResult, other: VariantResult) -> str:
     ratio = other.bytes / max(1, row.bytes)
+    if 1 / ROUGHLY < ratio < ROUGHLY:
+        return f"as many bytes as {other.name}"
     told = f"{ratio:.2g} times fewer bytes" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.2g} times more bytes"
     return f"{told} than {other.name}"
 

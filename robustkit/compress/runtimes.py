@@ -23,14 +23,12 @@ Prepared = Callable[[Tensor], Run]
 
 
 def prepare(model: nn.Module, runtime: str, shape: tuple[int, int, int]) -> Prepared:
-    """Return what makes a model in eval mode run in `eager`, `inductor` or `onnxruntime`.
+    """Return what makes a model in eval mode run in `eager`, `inductor` or `onnxruntime`; an ONNX file in the last.
 
     Raises:
         ModelError: it does not run there; the message says why.
     """
     model.eval()
-    if isinstance(model, OnnxModel) and runtime != "onnxruntime":
-        raise ModelError("it is a file for ONNX Runtime")
     if runtime == "eager":
         return lambda x: model
     if runtime == "inductor":

@@ -12,6 +12,7 @@ from torch import nn
 from robustkit.compress.latency import THOROUGH, Effort, in_turns, timer
 from robustkit.compress.runtimes import Prepared, compiling, forget_compiled, prepare
 from robustkit.errors import ModelError
+from robustkit.models.onnx_model import OnnxModel
 from robustkit.results import Timing
 
 BATCH_SIZES = (1, 256)
@@ -81,6 +82,8 @@ def _prepared(
 ) -> dict[str, Prepared]:
     ready = {}
     for name, model in models.items():
+        if isinstance(model, OnnxModel) and runtime != "onnxruntime":
+            continue
         try:
             if runtime == "onnxruntime" and device.type != "cpu":
                 raise ModelError("ONNX Runtime is measured on the CPU alone")

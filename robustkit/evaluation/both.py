@@ -48,11 +48,18 @@ def checked_view(model: nn.Module, images: Tensor) -> nn.Module:
     return view if same else model
 
 
-def on_view(flags: Sequence[Flag]) -> list[Flag]:
-    """Return the flags of checks that looked at a view: that its gradients differ from finite differences is meant."""
+def on_view(flags: Sequence[Flag], *, rounded: bool = False) -> list[Flag]:
+    """Return the flags of checks that looked at a view: that its gradients differ from finite differences is meant.
+
+    rounded: the view is of a model without gradients. That is a graph with fixed ranges and statistics, in which an
+    image's batch changes no more than which of two neighbouring steps a value is rounded to.
+    """
+    meant = {"P11": "of the adaptive view, as meant"}
+    if rounded:
+        meant["P7"] = "rounding to the neighbouring step, with ranges and statistics that are fixed"
     return [
-        flag.model_copy(update={"severity": "note", "message": f"of the adaptive view, as meant: {flag.message}"})
-        if flag.id == "P11"
+        flag.model_copy(update={"severity": "note", "message": f"{meant[flag.id]}: {flag.message}"})
+        if flag.id in meant
         else flag
         for flag in flags
     ]

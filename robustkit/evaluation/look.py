@@ -20,4 +20,4 @@ def looked_at(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, *, seed: i
     if not without_gradient(model):
         return preflight(model, x, y, threat, seed=seed, device=device)
     view = checked_view(model, x[:SAME].to(device))
-    return on_view(preflight(view, x, y, threat, seed=seed, device=device))
+    return on_view(preflight(view, x, y, threat, seed=seed, device=device), rounded=True)

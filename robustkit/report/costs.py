@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkit.report.tables import count_text, display_name, latency_text, size_text, tree_order
+from robustkit.report.tables import count_text, display_name, latency_text, ms_text, size_text, tree_order
 from robustkit.results import Results, Timing
 from robustkit.speed import batches_against, reference_of
 
@@ -52,9 +52,9 @@ def timing_rows(results: Results) -> list[list[str]]:
             one.runtime,
             str(one.threads),
             str(one.batch),
-            f"{one.median:.3g}",
-            f"{one.q1:.3g}-{one.q3:.3g}",
-            f"{one.p95:.3g}",
+            ms_text(one.median),
+            f"{ms_text(one.q1)}-{ms_text(one.q3)}",
+            ms_text(one.p95),
             str(one.runs),
             versus_text(one),
         ]

@@ -63,7 +63,12 @@ def latency_text(row: VariantResult, batch: str) -> str:
     value: Latency | None = row.latency.get(batch)
     if value is None:
         return ""
-    return f"{value.median:.3g} ms ({value.q1:.3g}-{value.q3:.3g})"
+    return f"{ms_text(value.median)} ms ({ms_text(value.q1)}-{ms_text(value.q3)})"
+
+
+def ms_text(value: float) -> str:
+    """Return milliseconds in three digits, from a second on in whole ones."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def attack_labels(results: Results) -> list[str]:

@@ -19,7 +19,7 @@ from robustkit.evaluation.checks import preflight, probes
 from robustkit.evaluation.curve import security_curve
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.reporting import default_of, trained_steps, training_of
-from robustkit.models.wrapped import Wrapped
+from robustkit.models.wrapped import Wrapped, without_gradient
 from robustkit.recipe.cost import autoattack_passes, one_attack_passes, parameter_of
 from robustkit.recipe.facts import facts_of
 from robustkit.recipe.plan import Step
@@ -260,7 +260,7 @@ def checks_step(bench: Workbench, step: Step) -> None:
         compressed=bool(recipe.variant(step.variant).compress),
         one_step=trained_steps(training_of(recipe, step.variant), default_of) == 1,
     )
-    flags = flags if model is deployed else on_view(flags)
+    flags = flags if model is deployed else on_view(flags, rounded=without_gradient(deployed))
     kept = best_and_last(bench, step)
     flags += kept.pop("flags", [])
     bench.store.finish(step.key, {"flags": [flag.model_dump() for flag in flags], **kept})

@@ -20,6 +20,7 @@ from robustkit.recipe.plan import make_plan
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import Use
 from robustkit.report.costs import timing_rows
+from robustkit.report.tables import ms_text
 from robustkit.results import Latency, Results, Timing, VariantResult
 from robustkit.speed import against, compared, distinguishable
 from robustkit.stats import clopper_pearson
@@ -322,6 +323,18 @@ def test_an_onnx_file_is_compared_across_runtimes_by_name() -> None:
     assert "against base in ONNX Runtime too: 1 thread: 2.5 times faster at batch 1" in told
     (told,) = _told(Made(["onnx"]), row("base"), runtime="onnxruntime", bytes=5000, sparsity=0.0)
     assert "1.2 times more bytes than base" in told
+
+
+def test_milliseconds_are_no_powers_of_ten() -> None:
+    assert [ms_text(value) for value in (0.01234, 39.04, 999.4, 999.6, 6570.2)] == [
+        "0.0123",
+        "39",
+        "999",
+        "1000",
+        "6570",
+    ]
+    (told,) = _told(Made(["onnx"]), runtime="onnxruntime", bytes=3990, sparsity=0.0)
+    assert "as many bytes as base" in told
 
 
 def test_a_pattern_is_said_to_need_other_hardware() -> None:

@@ -23,6 +23,7 @@ from robustkit.data.load import load_dataset
 from robustkit.data.split import split_of
 from robustkit.errors import ModelError, RecipeError, UsageError
 from robustkit.evaluation.artefact_rules import surrogate_flags
+from robustkit.evaluation.both import on_view
 from robustkit.models.artefact import load_model, read_architecture, save_model
 from robustkit.models.build import build_model
 from robustkit.models.onnx_model import OnnxModel
@@ -30,6 +31,7 @@ from robustkit.models.onnx_ops import OPERATIONS, dequantize, quantize
 from robustkit.recipe.plan import Step
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import ThreatSpec, Use
+from robustkit.results import Flag
 from robustkit.steps.last import best_and_last
 
 onnx = pytest.importorskip("onnx")
@@ -280,6 +282,14 @@ def test_views_may_round_otherwise_on_a_few_images() -> None:
     assert [one.severity for one in surrogate_flags(10, 1000, exact=False)] == ["doubt"]
     assert [one.severity for one in surrogate_flags(11, 1000, exact=False)] == ["wrong"]
     assert [one.severity for one in surrogate_flags(1, 1000)] == ["wrong"]
+
+
+def test_what_rounding_does_is_not_taken_for_batch_norm_in_training_mode() -> None:
+    flags = [Flag(id=name, severity="wrong", message="it depends") for name in ("P7", "P11", "P9")]
+    assert [one.severity for one in on_view(flags)] == ["wrong", "note", "wrong"]
+    rounded = on_view(flags, rounded=True)
+    assert [one.severity for one in rounded] == ["note", "note", "wrong"]
+    assert rounded[0].message.endswith("fixed: it depends")
 
 
 RECIPE = """\

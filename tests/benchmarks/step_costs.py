@@ -53,9 +53,9 @@ def step_of(name: str, chosen: tuple[str, dict[str, Any]] | None) -> Callable[[]
     return run
 
 
-def costs(name: str, rounds: int) -> dict[str, float]:
+def costs(name: str, rounds: int, without: tuple[str, ...] = ()) -> dict[str, float]:
     """Return the CPU seconds of each defense's step over those of a standard one: the median over rounds in turns."""
-    steps = {label: step_of(name, chosen) for label, chosen in DEFENSES.items()}
+    steps = {label: step_of(name, chosen) for label, chosen in DEFENSES.items() if label not in without}
     found: dict[str, list[float]] = {label: [] for label in steps}
     for number in range(rounds + 1):
         for label, run in steps.items():

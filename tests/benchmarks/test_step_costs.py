@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 MOST = {
     "small_cnn": {"n_fgsm": 1.85, "pgd_training, 10 steps": 9.0, "trades, 10 steps": 10.6},
-    "resnet18": {"n_fgsm": 1.75, "pgd_training, 10 steps": 7.9, "trades, 10 steps": 9.3},
+    "resnet18": {"n_fgsm": 1.75, "pgd_training, 10 steps": 7.9, "trades, 10 steps": 9.0},
 }
 
 
@@ -31,9 +31,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("name", "rounds"), [("small_cnn", 3), ("resnet18", 2)])
+@pytest.mark.parametrize(("name", "rounds"), [("small_cnn", 2), ("resnet18", 1)])
 def test_adversarial_steps_cost_little_more_than_their_passes(name: str, rounds: int) -> None:
-    found = costs(name, rounds)
+    found = costs(name, rounds, without=("mart, 10 steps",))
     print({label: round(value, 2) for label, value in found.items()})
     for label, most in MOST[name].items():
         assert found[label] <= most, label

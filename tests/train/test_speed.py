@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -263,11 +262,24 @@ def test_parameters_on_an_unknown_device_are_not_fused() -> None:
     assert not Sgd().build([{"params": [nn.Parameter(torch.zeros(2, device="meta"))]}]).defaults["fused"]
 
 
+class Clock:
+    """A clock that moves only in forwards, also in those of a model's copies."""
+
+    now = 0.0
+
+    def __deepcopy__(self, memo: object) -> Clock:
+        return self
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
 class Compiled:
-    """Stands for torch.compile: waits so long in each forward, or fails."""
+    """Stands for torch.compile: takes so long in each forward, or fails."""
 
     def __init__(self, seconds: float = 0.0, fails: bool = False) -> None:
         self.seconds, self.fails, self.count = seconds, fails, 0
+        self.clock = Clock()
 
     def __call__(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         self.count += 1
@@ -275,7 +287,7 @@ class Compiled:
         def run(x: Tensor) -> Tensor:
             if self.fails:
                 raise RuntimeError("no compiler found\nlong trace")
-            time.sleep(self.seconds)
+            self.clock.now += self.seconds
             logits: Tensor = model.inner(x)  # type: ignore[operator, union-attr, assignment]
             return logits
 
@@ -283,34 +295,37 @@ class Compiled:
 
 
 class Slow(nn.Module):
-    """Takes at least 30 ms for a forward that is not compiled."""
+    """Takes 30 ms for a forward that is not compiled."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
+        self.clock = clock
         self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.03)
+        self.clock.now += 0.03
         logits: Tensor = self.inner(x)
         return logits
 
 
 def choice(monkeypatch: pytest.MonkeyPatch, compiled: Compiled, folder: Path | None = None) -> TrainingEngine:
     monkeypatch.setattr(torch, "compile", compiled)
-    return choose(TrainSpec(compile="auto"), Slow(), torch.rand(4, 1, 8, 8), CPU, folder, 10)
+    monkeypatch.setattr(engines, "time", compiled.clock)
+    return choose(TrainSpec(compile="auto"), Slow(compiled.clock), torch.rand(4, 1, 8, 8), CPU, folder, 10)
 
 
 def test_auto_takes_what_measures_faster_and_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = choice(monkeypatch, Compiled())
+    quick = choice(monkeypatch, Compiled(0.02))
     assert (quick.name, quick.precision) == ("fp32 compiled", None)
-    assert quick.seconds["fp32"] > 0.03 > quick.seconds["fp32 compiled"]
-    assert "fp32 compiled; a forward and backward measured: fp32 3" in (quick.note() or "")
+    assert quick.seconds == pytest.approx({"fp32": 0.03, "fp32 compiled": 0.02})
+    wanted = "trained in fp32 compiled; a forward and backward measured: fp32 30.0 ms, fp32 compiled 20.0 ms"
+    assert quick.note() == wanted
     assert not choice(monkeypatch, Compiled(0.06)).compiled
-    assert not choice(monkeypatch, Compiled(0.0295)).compiled, "a clock's noise must not decide"
+    assert not choice(monkeypatch, Compiled(0.028)).compiled, "a clock's noise must not decide"
     failed = choice(monkeypatch, Compiled(fails=True))
     assert (failed.compiled, list(failed.seconds)) == (False, ["fp32"])
     with pytest.raises(TrainingError, match=r"torch.compile fails here: no compiler found; use compile: auto"):
-        choose(TrainSpec(compile=True), Slow(), torch.rand(4, 1, 8, 8), CPU, None, 10)
+        choose(TrainSpec(compile=True), Slow(Clock()), torch.rand(4, 1, 8, 8), CPU, None, 10)
 
 
 def test_a_repeated_training_stays_with_its_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -258,7 +258,8 @@ def checks_step(bench: Workbench, step: Step) -> None:
         device=bench.device,
         surrogate=bench.load(step.parents[2]) if len(step.parents) > 2 else None,
         compressed=bool(recipe.variant(step.variant).compress),
-        one_step=trained_steps(training_of(recipe, step.variant), default_of) == 1,
+        # Rounding to few bits fools one step more than many as well, without any collapse in training.
+        one_step=trained_steps(training_of(recipe, step.variant), default_of) == 1 and not without_gradient(deployed),
     )
     flags = flags if model is deployed else on_view(flags, rounded=without_gradient(deployed))
     kept = best_and_last(bench, step)

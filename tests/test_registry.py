@@ -80,7 +80,7 @@ def test_parameters_are_inherited(tmp_path: Path) -> None:
     assert names("defense", "More") == base | {"steps": 3, "weight": 0.5}
     assert list(names("defense", "More")) == [*base, "weight"]
     assert list(names("defense", "Own")) == ["weight"]
-    assert list(names("model", "Net")) == ["widths"]
+    assert list(names("model", "Net")) == ["widths", "extra", "whiten", "dirac"]
 
 
 RECIPE = "data: digits\nmodel: small_cnn\nvariants:\n  one: {defenses: ['mine.py:Quiet']}\n"

@@ -21,7 +21,14 @@ from robustkit.results import printable, read_results
     show_default=True,
     help="Metrics as in gates, method, parent, flags; 2:METRIC takes it from the second run.",
 )
-@click.option("--format", "style", type=click.Choice(get_args(Format)), default="markdown", show_default=True)
+@click.option(
+    "--format",
+    "style",
+    envvar="ROBUSTKIT_TABLE_FORMAT",
+    type=click.Choice(get_args(Format)),
+    default="markdown",
+    show_default=True,
+)
 @click.option("--variants", default="", help="Only these, in this order: a,b,c. Default: all.")
 def command(runs: tuple[Path, ...], columns: str, style: Format, variants: str) -> None:
     """Print a table of the variants of RUNS (folders of runs) from their results.json, a row a variant of the first."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from robustkit.errors import ModelError, UsageError
+from robustkit.models.fake_quantized import weight_levels
 
 MAX_BATCH = 65_536
 LEAST_SCALE = 2.0**-12
@@ -48,8 +49,9 @@ def quantized_graph(
     """Return the quantized graph of a plain model for any batch size; float weights that nothing uses are gone.
 
     batches: calibration images (N, C, H, W) in [0, 1]: activations get the range with the least squared error. bits: 8,
-    or less on the same grid of bytes. ranges: of the inputs of layers by their names, as a training with fake
-    quantization left them; all others are moving averages then, as in that training. The model is left alone.
+    of which weights take 7, or less on the same grid of bytes. ranges: of the inputs of layers by their names, as a
+    training with fake quantization left them; all others are moving averages then, as in that training. The model is
+    left alone.
 
     Raises:
         UsageError: torchao is not installed.
@@ -104,7 +106,7 @@ def _exported(model: nn.Module, shape: tuple[int, int, int]) -> fx.GraphModule:
 
 
 def _config(bits: int, *, averaged: bool) -> Any:  # noqa: ANN401
-    """Return what a layer's input and weight are rounded to: bits of 8 as x86 has them, fewer in the same bytes."""
+    """Return what a layer's input and weight are rounded to, in bytes: so many bits, weights `weight_levels`."""
     from torchao.quantization.pt2e.observer import (
         HistogramObserver,
         MovingAverageMinMaxObserver,
@@ -122,10 +124,11 @@ def _config(bits: int, *, averaged: bool) -> Any:  # noqa: ANN401
         is_dynamic=False,
         observer_or_fake_quant_ctr=observer.with_args(eps=LEAST_SCALE),
     )
+    low, high = weight_levels(bits)
     weight = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-(2 ** (bits - 1)),
-        quant_max=2 ** (bits - 1) - 1,
+        quant_min=low,
+        quant_max=high,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         is_dynamic=False,

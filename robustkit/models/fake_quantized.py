@@ -12,6 +12,8 @@ from robustkit.errors import ModelError
 AVERAGE = 0.01
 """What each batch adds to the moving range of a layer's inputs, as in Jacob et al. 2018 (arXiv 1712.05877)."""
 LEAST_SCALE = 2.0**-12
+WEIGHT_BITS = 7
+"""So many bits weights have at most."""
 BITS = "fake_bits"
 LOW, HIGH = "input_low", "input_high"
 RANGES = "input_ranges"
@@ -31,13 +33,23 @@ class _Straight(torch.autograd.Function):
         return gradient, None
 
 
+def weight_levels(bits: int) -> tuple[int, int]:
+    """Return the lowest and the highest level of a weight: 7 bits where there are 8.
+
+    Kernels for x86 without VNNI add pairs of products in 16 bits, and cut larger sums off: with whole bytes the same
+    file would answer otherwise on such a processor.
+    """
+    half = 2 ** (min(bits, WEIGHT_BITS) - 1)
+    return -half, half - 1
+
+
 def rounded_weight(weight: Tensor, bits: int) -> Tensor:
     """Return weights (outputs, ...) on a symmetric grid an output, with the identity's gradient."""
-    top = 2 ** (bits - 1)
+    low, high = weight_levels(bits)
     detached = weight.detach().float()
-    scale = (detached.flatten(1).abs().amax(1) / ((2 * top - 1) / 2)).clamp(min=LEAST_SCALE)
+    scale = (detached.flatten(1).abs().amax(1) / ((high - low) / 2)).clamp(min=LEAST_SCALE)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    value = torch.fake_quantize_per_channel_affine(detached, scale, zero, 0, -top, top - 1)
+    value = torch.fake_quantize_per_channel_affine(detached, scale, zero, 0, low, high)
     found: Tensor = _Straight.apply(weight, value.to(weight.dtype))
     return found
 

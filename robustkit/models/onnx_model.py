@@ -51,7 +51,13 @@ class OnnxModel(nn.Module):
         self._session: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
+        """Return the logits (N, classes) of images (N, C, H, W) in [0, 1].
+
+        Raises:
+            ModelError: x is no tensor but stands for one, as where torch.fx traces.
+        """
+        if not isinstance(x, Tensor):
+            raise ModelError(f"an ONNX file runs on tensors; it cannot be traced with a {type(x).__name__}")
         if self._session is None:
             self._session = onnx_session(self.data)
         images = x.detach().to("cpu", torch.float32).contiguous().numpy()

@@ -8,6 +8,7 @@ from typing import Any
 from robustkit.recipe.document import PathTuple
 from robustkit.recipe.order import Draft
 from robustkit.recipe.owners import defined_hooks
+from robustkit.recipe.quantized import is_file
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import Use, VariantSpec
 
@@ -33,12 +34,17 @@ def named_members(reader: Reader, path: PathTuple, given: Mapping[str, Any]) -> 
 
 
 def members_of(
-    reader: Reader, draft: Draft, parent: VariantSpec | None, wrappers: Sequence[Use], changed: bool
+    reader: Reader,
+    draft: Draft,
+    parent: VariantSpec | None,
+    wrappers: Sequence[Use],
+    changed: bool,
+    done: Mapping[str, VariantSpec],
 ) -> dict[str, tuple[str, ...]]:
     """Return the labels of the members by the label of each wrapper that takes some.
 
-    A member named twice is a problem, and so is a parent whose weights the variant still has: it would answer twice.
-    `changed`: whether the variant is trained or compressed.
+    A member named twice is a problem, and so are a parent whose weights the variant still has, which would answer
+    twice, and an ONNX file. `changed`: whether the variant is trained or compressed. `done`: the variants before it.
     """
     seen: set[str] = set()
     for label, path in draft.members:
@@ -47,6 +53,9 @@ def members_of(
         elif parent is not None and not changed and label == draft.parent:
             message = f"{draft.label!r} has the weights of {label!r} already: it would answer twice"
             reader.problem(path, message, "name other variants only; it answers itself as well")
+        elif label in done and is_file(done[label]):
+            message = f"{label!r} is an ONNX file: it cannot be part of another variant's file"
+            reader.problem(path, message, "name the variant that it was made of")
         seen.add(label)
     joined = [use for use in wrappers if HOOK in defined_hooks(reader, use)]
     return {use.label: tuple(use.parameters.get(KEY, ())) for use in joined}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
 INT8, ONNX = "int8", "onnx"
@@ -17,6 +18,25 @@ NEEDS = "torchao"
 def quantizer_of(compress: Iterable[Use]) -> Use | None:
     """Return the use that quantizes, or None."""
     return next((use for use in compress if use.name == INT8 or (use.name == ONNX and use.parameters.get(INT8))), None)
+
+
+def is_file(variant: VariantSpec) -> bool:
+    """Say whether a variant is an ONNX file."""
+    return any(use.name == ONNX for use in variant.compress)
+
+
+def check_certificates(reader: Reader, certify: Sequence[Use], variants: Sequence[VariantSpec]) -> None:
+    """Note each certificate that follows the floats of a network where a variant is none."""
+    unlike = {one.label for one in variants if quantizer_of(one.compress) is not None or is_file(one)}
+    joined = {one.label for one in variants if unlike & {label for named in one.members.values() for label in named}}
+    for number, use in enumerate(certify):
+        if use.name == "interval" and (unlike or joined):
+            reader.problem(
+                ("evaluate", "certify", number) if len(certify) > 1 else ("evaluate", "certify"),
+                f"interval bounds networks of floats; {', '.join(sorted(unlike | joined))}: quantized, an ONNX "
+                "file, or answering with one",
+                "use randomized_smoothing, or certify the float variants in a recipe of their own",
+            )
 
 
 def queries_of(use: Use) -> int:
@@ -56,7 +76,7 @@ def quantized_problem(
             f"{parent.label!r} is quantized: a model of bytes cannot be trained, pruned or changed any more",
             "start from the float variant, and put int8 last",
         )
-    if parent is not None and any(use.name == ONNX for use in parent.compress):
+    if parent is not None and is_file(parent):
         return (
             "from",
             f"{parent.label!r} is an ONNX file: it cannot be trained, pruned or changed any more",

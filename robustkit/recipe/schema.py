@@ -18,6 +18,7 @@ from robustkit.recipe.judged import read_gates
 from robustkit.recipe.norms import check_attacks, check_defenses
 from robustkit.recipe.parts import Plain, read_normalize, read_threat, read_train
 from robustkit.recipe.poison import read_poison, split_poison
+from robustkit.recipe.quantized import check_certificates
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import RUNTIMES, EvaluateSpec, Recipe, Runtime, ThreatSpec, TrainSpec, Use
 from robustkit.recipe.variants import read_variants
@@ -113,6 +114,7 @@ def _recipe(document: Document, path: Path | None, folder: Path | None, override
     train = TrainSpec().model_copy(update=read_train(reader, ("train",), top.get("train")))
     variants = read_variants(reader, top.get("variants"), "variants" in top, model, threat, train)
     evaluate = _evaluate(reader, top.get("evaluate"), threat)
+    check_certificates(reader, evaluate.certify, variants)
     if given_threat is not None:
         check_attacks(reader, ("evaluate", "attacks"), evaluate.attacks, threat)
         check_defenses(reader, variants)

@@ -123,7 +123,7 @@ def _variant(
     check_parted(reader, draft, parent, defenses)
     # What a child inherits is not known where its parent is lost.
     teacher = None if lost and "defenses" not in given else teacher_of(reader, draft, parent, defenses, trains)
-    members = members_of(reader, draft, parent, wrappers, trains or bool(compress))
+    members = members_of(reader, draft, parent, wrappers, trains or bool(compress), done)
     if chosen is None or lost:
         return None
     return VariantSpec(

@@ -86,6 +86,9 @@ def test_the_artefact_is_the_converted_graph_and_its_surrogate_the_same_with_gra
     (gradient,) = torch.autograd.grad(small.surrogate(start).sum(), start)
     assert (gradient.flatten(1).abs().amax(1) > 0).all()
     assert {one.dtype for one in small.weights().values()} == {torch.int8}
+    largest = max(int(one.int().abs().max()) for one in small.weights().values())
+    assert largest > 60
+    assert 2 * 255 * largest < 2**15, "two products fit into 16 bits, as processors without VNNI add them"
     assert sum(one.numel() for one in small.weights().values()) == sum(
         one.numel() for one in made().parameters() if one.dim() > 1
     )

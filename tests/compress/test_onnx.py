@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import robustkit
 from robustkit.attacks.gradient import Pgd
 from robustkit.attacks.threat import Threat
+from robustkit.certificates.interval import interval_margins
 from robustkit.cli.group import run as cli
 from robustkit.compress.onnx_artefact import as_int8_onnx, as_onnx, view_differences
 from robustkit.compress.onnx_int8 import to_int8
@@ -172,6 +173,8 @@ def test_int8_weights_are_bytes_per_channel_and_logits_stay_floats(
     assert len(weights) == 5
     assert all(one.data_type == TensorProto.INT8 for one in weights)
     assert all(len(stored[one.name.replace("quantized", "scale")].dims) == 1 for one in weights), "per channel"
+    largest = max(int(np.abs(numpy_helper.to_array(one).astype(int)).max()) for one in weights)
+    assert 2 * 255 * largest < 2**15, "two products fit into 16 bits, as processors without VNNI add them"
     apart, difference = view_differences(made, images)
     assert (apart, difference < 0.02) == (0, True)
     floats = model(images)
@@ -194,6 +197,13 @@ def test_attacks_go_through_the_view_and_the_file_judges(pair: tuple[nn.Module, 
     moved = Pgd(steps=10)(made.view(), images, labels, Threat("linf", 0.1), generator=generator)
     fooled = float((made(moved).argmax(1) != labels).float().mean())
     assert fooled > 0.1, "what is found on the view fools ONNX Runtime"
+
+
+@pytest.mark.slow
+def test_what_stands_for_a_tensor_never_reaches_onnx_runtime(pair: tuple[nn.Module, Tensor], int8: OnnxModel) -> None:
+    # ONNX Runtime takes the process down with it.
+    with pytest.raises(ModelError, match="an ONNX file runs on tensors"):
+        interval_margins(int8, pair[1], torch.zeros(len(pair[1]), dtype=torch.int64), Threat("linf", 0.1))
 
 
 @pytest.mark.slow
@@ -314,6 +324,8 @@ evaluate: {examples: 60, attacks: [pgd: {steps: 3}], latency: true}
         ("compress: [onnx]", "compress: [int8, onnx: {int8: true}]", "quantized once"),
         ("from: base, compress: [onnx: {int8", "from: file, compress: [onnx: {int8", "is an ONNX file"),
         ("int8: true", "int8: maybe", "int8"),
+        ("latency: true", "certify: [interval]", "networks of floats; bytes, file: quantized"),
+        ("  file:", "  both: {from: base, defenses: [ensemble: {members: [file]}]}\n  file:", "'file' is an ONNX file"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_trained(old: str, new: str, says: str) -> None:

@@ -1,4 +1,4 @@
-"""What the classes of torchattacks refuse, by the table and their sources: said before anything runs, without torch."""
+"""What plugins refuse beside wrong types, above all those of torchattacks: said before anything runs, without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from robustkit.attacks.torchattacks_table import EAD, EAD_LEAST, PROFILES
 from robustkit.errors import did_you_mean
-from robustkit.registry import Entry
+from robustkit.registry import Entry, parameters
 
 ABOVE_ZERO = frozenset({
     "steps", "n_queries", "n_restarts", "restarts", "eot_iter", "max_iterations", "binary_search_steps",
@@ -17,6 +17,9 @@ ABOVE_ZERO = frozenset({
 })  # fmt: skip
 FROM_ZERO = frozenset({"std", "noise_sd", "overshoot", "kappa", "decay", "momentum", "diversity_prob", "prob", "rho"})
 UP_TO_ONE = frozenset({"diversity_prob", "prob", "p_init", "gamma", "rho"})
+SPARSITY, CAP = "sparsity", "max_layer_sparsity"
+EQUAL = frozenset({"layer_l1"})
+"""Methods that drop the same share of every layer, up to all that it may lose."""
 TYPO = "guassian"
 """As torchattacks spells it; both are taken."""
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -40,10 +43,23 @@ def refusal(entry: Entry) -> str | None:
 
 def beyond_limits(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return each parameter whose value its class cannot work with, and what is wrong with it."""
+    if entry.kind == "compressor":
+        return _over_cap(entry, values)
     if entry.origin != "torchattacks":
         return []
     found = [(name, _wrong(entry.attribute, name, value)) for name, value in values.items()]
     return [(name, f"{name}: {message}") for name, message in found if message is not None]
+
+
+def _over_cap(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return that a share of all weights cannot be dropped where no layer may lose as much."""
+    defaults = {one.name: one.default for one in parameters(entry) if one.name in (SPARSITY, CAP)}
+    if set(defaults) != {SPARSITY, CAP} or not isinstance(values.get(SPARSITY), float):
+        return []
+    sparsity, cap = values[SPARSITY], values.get(CAP, defaults[CAP])
+    if sparsity < cap or cap == 1 or (sparsity == cap and entry.name in EQUAL):
+        return []
+    return [(SPARSITY, f"{SPARSITY}: no layer may lose more than {CAP}, {cap:g}; raise {CAP} (1 may empty a layer)")]
 
 
 def _wrong(attack: str, name: str, value: object) -> str | None:

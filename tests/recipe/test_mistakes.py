@@ -82,6 +82,13 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "sparsity of 80": (change("80%}", "80}"), "12:38", "sparsity", "did you mean 80% or 0.8?"),
     "sparsity of 1.2": (change("80%}", "1.2}"), "12:38", "sparsity: a share in [0, 1] is needed, not 1.2\n", ""),
     "sparsity of 120%": (change("80%}", "120%}"), "12:38", "sparsity: a share in [0, 1] is needed, not '120%'\n", ""),
+    "sparsity over the cap of a layer": (change("80%}", "99%}"), "12:38", "no layer may lose more than", "raise"),
+    "sparsity over a cap of one's own": (
+        change("80%}", "60%, max_layer_sparsity: 50%}"),
+        "12:38",
+        "max_layer_sparsity, 0.5",
+        "raise max_layer_sparsity",
+    ),
     "a factor of 3": (
         change("epochs: 2", "schedule: {step: {gamma: 3}}"),
         "5:34",

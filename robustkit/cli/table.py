@@ -32,7 +32,8 @@ from robustkit.results import printable, read_results
 @click.option("--variants", default="", help="Only these, in this order: a,b,c. Default: all.")
 def command(runs: tuple[Path, ...], columns: str, style: Format, variants: str) -> None:
     """Print a table of the variants of RUNS (folders of runs) from their results.json, a row a variant of the first."""
-    loaded = [read_results(inside(run, "results.json")) for run in runs]
+    # By their folders: a recipe that was run twice has one name.
+    loaded = [read_results(inside(run, "results.json")).model_copy(update={"name": run.resolve().name}) for run in runs]
     names = [name.strip() for name in variants.split(",") if name.strip()]
     known = {row.name for row in loaded[0].variants}
     missing = [name for name in names if name not in known]

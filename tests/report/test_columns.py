@@ -93,6 +93,11 @@ def test_the_command_prints_chosen_variants(tmp_path: Path, capsys: pytest.Captu
     write_results(ONE, tmp_path / "results.json")
     assert cli(["table", str(tmp_path), "--columns", "worst", "--variants", "robust"]) == 0
     assert capsys.readouterr().out == "| variant | worst |\n|---|---|\n| robust | 60.0 ±3.1 |\n"
+    again = tmp_path / "again"
+    again.mkdir()
+    write_results(ONE, again / "results.json")
+    assert cli(["table", str(tmp_path), str(again), "--columns", "worst,2:clean", "--variants", "robust"]) == 0
+    assert "| variant | worst | clean, again |" in capsys.readouterr().out, "of one recipe, told by their folders"
     assert cli(["table", str(tmp_path), "--variants", "nobody"]) == 2
     assert "no variant 'nobody'" in capsys.readouterr().err
     assert cli(["table", str(tmp_path), "--columns", "cleen"]) == 2

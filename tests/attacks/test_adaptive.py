@@ -50,7 +50,7 @@ def test_bpda_finds_what_rounding_hides() -> None:
     x, y = (part[:300] for part in digits())
     model, threat = softmax_regression(), Threat("linf", 0.1)
     hidden = nn.Sequential(Rounding(), model)
-    attacks = {"pgd": Pgd(), "bpda": Through(Pgd(restarts=3), lambda _: Bpda(sixteenths, model))}
+    attacks = {"pgd": Pgd(), "bpda": Through(Pgd(restarts=10), lambda _: Bpda(sixteenths, model))}
     found = robustkit.evaluate(hidden, x, y, threat=threat, attacks=attacks)
     truth = float((found.outcomes["clean"].correct & (slack(model, x, y, "linf", 2 / 16) > 0)).mean())
     assert found.attacks["bpda"].value == pytest.approx(truth, abs=0.01)

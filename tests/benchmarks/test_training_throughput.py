@@ -135,6 +135,11 @@ def test_the_training_loop_is_as_fast_as_its_model_and_faster_than_a_plain_loop(
         return found
 
     assert ratio("training loop", "constant batch") >= 0.97
-    # What ToTensor alone costs beside the convolutions depends on the processor: 1.4 to 2.0 were seen.
+    assert ratio("training loop, crops and flips", "constant batch") >= 0.92
+    # What a DataLoader costs beside the convolutions depends on how quick the processor is at these: 1.4 to 2.0 were
+    # seen without crops and flips, 1.5 to 1.9 with them.
     assert ratio("training loop", "DataLoader") >= 1.25
-    assert ratio("training loop, crops and flips", "DataLoader, crops and flips") >= 1.6
+    assert ratio("training loop, crops and flips", "DataLoader, crops and flips") >= 1.4
+    extra = {name: 1 / median(values) - 1 / median(speeds["constant batch"]) for name, values in speeds.items()}
+    # Crops and flips take less than a fifth of the time that they take there, on any processor.
+    assert extra["training loop, crops and flips"] <= 0.2 * extra["DataLoader, crops and flips"]

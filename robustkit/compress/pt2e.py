@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from robustkit.errors import ModelError, UsageError
-from robustkit.models.fake_quantized import weight_levels
+from robustkit.models.fake_quantized import LEAST_SCALE, weight_levels
 
 MAX_BATCH = 65_536
-LEAST_SCALE = 2.0**-12
-"""The smallest step of a grid."""
 aten = torch.ops.aten
 CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv_transpose2d.input, aten.linear.default})
 DROPOUT = frozenset({aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default})

@@ -12,6 +12,7 @@ from robustkit.errors import ModelError
 AVERAGE = 0.01
 """What each batch adds to the moving range of a layer's inputs, as in Jacob et al. 2018 (arXiv 1712.05877)."""
 LEAST_SCALE = 2.0**-12
+"""The smallest step of a grid."""
 WEIGHT_BITS = 7
 """So many bits weights have at most."""
 BITS = "fake_bits"

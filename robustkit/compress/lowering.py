@@ -15,8 +15,9 @@ def lowered(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     The first call for a shape of images (N, C, H, W) compiles, which takes a minute or so and needs a C++ compiler.
     Logits (N, classes) are close to the model's, not bit-equal to them. Where there are no int8 kernels for an
-    operation it is run in floats. Calls raise:
+    operation it is run in floats.
 
+    Raises, when called:
         UsageError: the model is quantized, and torchao, which has the kernels' patterns, is not installed.
         ModelError: there is no compiler, or a part of the model cannot be compiled.
     """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Literal
 
 from robustkit import registry
 from robustkit.attacks.torchattacks_table import PROFILES
 from robustkit.errors import UsageError
 from robustkit.recipe.document import PathTuple
+from robustkit.recipe.places import at, position, written
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import ThreatSpec, Use, VariantSpec
 from robustkit.registry import TORCHATTACKS
@@ -51,7 +51,7 @@ def check_attacks(reader: Reader, path: PathTuple, attacks: Iterable[Use], threa
         norms = ATTACK_NORMS.get(use.name) or _declared(reader, "attack", use)
         if norms and threat.norm not in norms:
             reader.problem(
-                (*path, *_position(reader, path, use)),
+                (*path, *position(reader, path, use)),
                 f"{use.name} works under {' or '.join(norms)}; the threat is {threat.norm}",
                 f"use {INSTEAD[threat.norm] if use.name in INSTEAD.values() or threat.norm == 'l0' else 'pgd'}",
             )
@@ -64,7 +64,7 @@ def check_attacks(reader: Reader, path: PathTuple, attacks: Iterable[Use], threa
             if use.name.removeprefix(TORCHATTACKS) in name and threat.norm in other.norms and not other.refused
         ]
         reader.problem(
-            (*path, *_position(reader, path, use)),
+            (*path, *position(reader, path, use)),
             f"{use.name} works under {' or '.join(profile.norms)}; the threat is {threat.norm}",
             f"use {' or '.join(['pgd', *others])}",
         )
@@ -105,38 +105,9 @@ def _declared(reader: Reader, kind: Literal["attack", "defense"], use: Use) -> t
 
 def _meeting(reader: Reader, variant: VariantSpec, use: Use, parameter: str | None = None) -> PathTuple:
     """Return where a variant names a defense and its parameter, or else the threat that it is to hold against."""
-    path = ("variants", _written(reader, variant.label))
-    given = _at(reader, path)
+    path = ("variants", written(reader, variant.label))
+    given = at(reader, path)
     if isinstance(given, dict) and given.get("defenses"):
-        place = _position(reader, (*path, "defenses"), use)
+        place = position(reader, (*path, "defenses"), use)
         return (*path, "defenses", *place, *((use.name, parameter) if place and parameter else ()))
     return (*path, "threat") if isinstance(given, dict) and given.get("threat") else path
-
-
-def _written(reader: Reader, label: str) -> str:
-    """Return the label as it stands in the file, where a matrix made many of it."""
-    labels = _at(reader, ("variants",))
-    if not isinstance(labels, dict) or label in labels:
-        return label
-    for written in labels:
-        plain = re.split(r"\$\{\w+\}|\$\w+", written)
-        if len(plain) > 1 and re.fullmatch(".+".join(map(re.escape, plain)), label):
-            return str(written)
-    return label
-
-
-def _position(reader: Reader, path: PathTuple, use: Use) -> PathTuple:
-    """Return where in a list of uses one stands; () where there is no list, or where a matrix wrote its name."""
-    items = _at(reader, path)
-    for number, item in enumerate(items if isinstance(items, list) else []):
-        name, given = next(iter(item.items()), ("", None)) if isinstance(item, dict) else (item, None)
-        if name == use.name and use.label == (given.get("as", name) if isinstance(given, dict) else name):
-            return (number,)
-    return ()
-
-
-def _at(reader: Reader, path: PathTuple) -> Any:  # noqa: ANN401
-    place = reader.document.data
-    for step in path:
-        place = place.get(step) if isinstance(place, dict) else None
-    return place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Sequence
 
+from robustkit.recipe.places import position
 from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
@@ -29,10 +30,11 @@ def check_certificates(reader: Reader, certify: Sequence[Use], variants: Sequenc
     """Note each certificate that follows the floats of a network where a variant is none."""
     unlike = {one.label for one in variants if quantizer_of(one.compress) is not None or is_file(one)}
     joined = {one.label for one in variants if unlike & {label for named in one.members.values() for label in named}}
-    for number, use in enumerate(certify):
+    path = ("evaluate", "certify")
+    for use in certify:
         if use.name == "interval" and (unlike or joined):
             reader.problem(
-                ("evaluate", "certify", number) if len(certify) > 1 else ("evaluate", "certify"),
+                (*path, *position(reader, path, use)),
                 f"interval bounds networks of floats; {', '.join(sorted(unlike | joined))}: quantized, an ONNX "
                 "file, or answering with one",
                 "use randomized_smoothing, or certify the float variants in a recipe of their own",

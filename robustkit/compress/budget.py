@@ -162,9 +162,9 @@ class Budget:
         return self.method in WEIGHT_METHODS
 
     def _masks(self, model: nn.Module, current: Masks, share: float, context: CompressContext) -> Masks:
-        if not self._single:
-            return CHANNEL_METHODS[self.method](share).masks(model, current, share, context)
         # What is zero already counts: less than that cannot be asked for.
+        if not self._single:
+            return CHANNEL_METHODS[self.method](1.0).masks(model, current, share, context)
         if share <= sparsity_of(model):
             return current
         chosen = WEIGHT_METHODS[self.method](share, max_layer_sparsity=MOST_OF_A_LAYER)

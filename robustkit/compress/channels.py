@@ -243,7 +243,7 @@ class ChannelPruning:
         dead = {group.name: dead_of(group) for group in groups}
         for group in groups:
             count = int(dead[group.name].sum())
-            if count > _asked(group, self.sparsity):
+            if count > _asked(group, self.sparsity) and self.sparsity < 1:
                 raise ModelError(
                     f"{count} of {group.width} channels of {group.name} are zero already; sparsity is the total, and "
                     f"{self.sparsity:.1%} is less than that"

@@ -139,6 +139,14 @@ def test_what_is_zero_already_counts_towards_gzipped_bytes() -> None:
     assert sparsity_of(held.compress(pruned)) == pytest.approx(0.8, abs=1e-3), "80 % is below the budget already"
 
 
+def test_channels_that_are_zero_already_count_towards_a_budget() -> None:
+    pruned = keeper(ChannelL2(0.25)).compress(network())
+    held = keeper(Budget(macs=0.5), Shrink())
+    held._held = zero_masks(pruned)
+    small = held.finish(held.compress(pruned))
+    assert 0.4 < count_macs(small, SHAPE) / count_macs(network(), SHAPE) <= 0.5
+
+
 def test_channels_meet_bytes_after_gzip_shrunk(tmp_path: Path) -> None:
     held = keeper(Budget(gzip_bytes=25_000), Shrink())
     small = held.finish(held.compress(network()))

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from robustkit.compress.masks import Masks, prunable
 from robustkit.compress.prune import Scores
+from robustkit.defenses.constraints import remove_spectral_norm
 
 Batches = list[tuple[Tensor, Tensor]]
 """Images (N, C, H, W) in [0, 1] with labels (N,)."""
@@ -39,7 +41,7 @@ def taylor_products(model: nn.Module, batches: Batches) -> Scores:
     with scoring(model) as weights:
         total = [torch.zeros_like(weight) for weight in weights.values()]
         for x, y in batches:
-            for place, gradient in enumerate(torch.autograd.grad(_loss(model, x, y), list(weights.values()))):
+            for place, gradient in enumerate(_gradients(_loss(model, x, y), list(weights.values()))):
                 total[place] += gradient * len(y)
         seen = sum(len(y) for _, y in batches)
         pairs = zip(weights.items(), total, strict=True)
@@ -59,7 +61,7 @@ def taylor_scores(model: nn.Module, batches: Batches) -> Scores:
     with scoring(model) as weights:
         total = [torch.zeros_like(weight) for weight in weights.values()]
         for x, y in batches:
-            gradients = torch.autograd.grad(_loss(model, x, y), list(weights.values()))
+            gradients = _gradients(_loss(model, x, y), list(weights.values()))
             for place, (weight, gradient) in enumerate(zip(weights.values(), gradients, strict=True)):
                 total[place] += (weight * gradient).detach().square()
         return dict(zip(weights, (one / len(batches) for one in total), strict=True))
@@ -75,10 +77,10 @@ def grasp_scores(model: nn.Module, batches: Batches, temperature: float) -> Scor
         listed = list(weights.values())
         total = [torch.zeros_like(weight) for weight in listed]
         for x, y in batches:
-            gradients = torch.autograd.grad(_loss(model, x, y, temperature), listed, create_graph=True)
+            gradients = _gradients(_loss(model, x, y, temperature), listed, further=True)
             flow = sum((gradient * gradient.detach()).sum() for gradient in gradients)
             assert isinstance(flow, Tensor)
-            for place, product in enumerate(torch.autograd.grad(flow, listed)):
+            for place, product in enumerate(_gradients(flow, listed)):
                 total[place] += product * len(y)
         return {name: (weight * one).detach() for (name, weight), one in zip(weights.items(), total, strict=True)}
 
@@ -88,7 +90,7 @@ def synflow_scores(model: nn.Module, current: Masks, example: Tensor) -> Scores:
 
     arXiv 2006.05467, eq. 3. `example` (N, C, H, W) gives the shape. Double precision, as deep nets overflow floats.
     """
-    flow = copy.deepcopy(model).double().eval()
+    flow = remove_spectral_norm(copy.deepcopy(model)).double().eval()
     current.apply_(flow)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -102,7 +104,7 @@ def synflow_scores(model: nn.Module, current: Masks, example: Tensor) -> Scores:
         weight.requires_grad_(True)
     with torch.enable_grad():
         total = flow(torch.ones_like(example[:1], dtype=torch.float64)).sum()
-        gradients = torch.autograd.grad(total, list(weights.values()))
+        gradients = _gradients(total, list(weights.values()))
     return {
         name: (weight * gradient).abs().detach()
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
@@ -119,6 +121,11 @@ def ranks(scores: Scores) -> Scores:
     return {name: piece.view_as(scores[name]) for name, piece in zip(scores, pieces, strict=True)}
 
 
+def _gradients(value: Tensor, weights: list[Tensor], *, further: bool = False) -> tuple[Tensor, ...]:
+    """Return a scalar's gradients; zeros for weights that it does not depend on, as of layers that nothing calls."""
+    return torch.autograd.grad(value, weights, create_graph=further, materialize_grads=True)
+
+
 def _loss(model: nn.Module, x: Tensor, y: Tensor, temperature: float = 1.0) -> Tensor:
     return functional.cross_entropy(model(x).float() / temperature, y)
 
@@ -128,10 +135,10 @@ def scoring(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Give the prunable weights with gradients on; dropout off, batch norm by its batch, nothing left changed.
 
     New weights have no running statistics to speak of: the statistics of the batch are right before and after training.
+    A weight that is computed from another one, as by spectral norm, is computed once, so that it has a gradient.
     """
     modes = {module: module.training for module in model.modules()}
-    weights = dict(prunable(model))
-    asked = {name: weight.requires_grad for name, weight in weights.items()}
+    asked: dict[Tensor, bool] = {}
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     tracked = [norm.track_running_stats for norm in norms]
     try:
@@ -139,14 +146,16 @@ def scoring(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         for norm in norms:
             norm.train()
             norm.track_running_stats = False
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), parametrize.cached():
+            weights = dict(prunable(model))
+            asked = {weight: weight.requires_grad for weight in weights.values() if weight.is_leaf}
+            for weight in asked:
+                weight.requires_grad_(True)
             yield weights
     finally:
         for norm, before in zip(norms, tracked, strict=True):
             norm.track_running_stats = before
-        for name, weight in weights.items():
-            weight.requires_grad_(asked[name])
+        for weight, before in asked.items():
+            weight.requires_grad_(before)
         for module, mode in modes.items():
             module.training = mode

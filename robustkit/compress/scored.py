@@ -46,9 +46,13 @@ class Scored:
 
 
 def batches_of(context: CompressContext, examples: int, batch_size: int) -> Batches:
-    """Return random training images in batches, no more than `examples` in all."""
+    """Return random training images in batches, no more than `examples` in all; no lone image after the others.
+
+    Batch norm takes the statistics of each batch, and those of one image may not exist.
+    """
     x, y = context.batch(examples)
-    return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    found = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    return found[:-1] if batch_size > 1 and len(found) > 1 and len(found[-1][0]) == 1 else found
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext
@@ -23,7 +24,7 @@ from robustkit.compress.criteria import (
 )
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import Masks, prunable, sparsity_of
-from robustkit.compress.scored import Grasp, Lamp, Scored, Snip, Synflow, Taylor
+from robustkit.compress.scored import Grasp, Lamp, Scored, Snip, Synflow, Taylor, batches_of
 from robustkit.compress.semistructured import NM, n_m_mask
 from robustkit.data.split import split_of
 from robustkit.errors import ModelError
@@ -171,6 +172,60 @@ def test_scores_grow_with_a_schedule(kind: type[Scored]) -> None:
     assert seen == sorted(seen)
     assert len(set(seen)) == 4
     held.finish(model)
+
+
+@pytest.mark.parametrize("kind", [Lamp, Snip, Grasp, Synflow, Taylor])
+def test_weights_under_spectral_norm_have_scores(kind: type[Scored]) -> None:
+    """Of the weights as they are computed: those of a plain model with the same ones."""
+    model = network()
+    for module in (model.groups[0].conv1, model.head):
+        spectral_norm(module)  # type: ignore[arg-type]
+    model.eval()
+    plain = network().eval()
+    plain.load_state_dict({name: dict(prunable(model)).get(name, value) for name, value in plain.state_dict().items()})
+    found, expected = (
+        kind(0.5).scores(one, Masks(), keeper(Lamp(0.5))._context(one))
+        if kind is not Synflow
+        else synflow_scores(one, Masks(), torch.zeros(2, 1, 8, 8))
+        for one in (model, plain)
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4) for name in found)
+    held = keeper(kind(0.8, "cubic", end=1.0, updates=2))
+    held.prepare_model(model.train())
+    for number in range(3):
+        held.after_step(Step(model, 0, 1, number / 2, THREAT, torch.Generator()))
+    assert sparsity_of(model) == pytest.approx(0.8, abs=1e-3)
+
+
+class Spare(nn.Module):
+    """A classifier with a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.spare = network(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.called(x)
+        return found
+
+
+@pytest.mark.parametrize("kind", [Snip, Grasp, Synflow, Taylor])
+def test_a_layer_that_nothing_calls_matters_to_nothing(kind: type[Scored]) -> None:
+    torch.manual_seed(0)
+    model = Spare()
+    held = keeper(kind(0.5, max_layer_sparsity=0.75))
+    held.compress(model)
+    if kind is not Grasp:
+        assert int((model.spare.weight == 0).sum()) == 12
+    assert sparsity_of(model) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_lone_last_image_is_left_out() -> None:
+    context = keeper(Lamp(0.5))._context(network())
+    assert [len(y) for _, y in batches_of(context, 40, 13)] == [13, 13, 13]
+    assert [len(y) for _, y in batches_of(context, 1, 13)] == [1]
+    assert [len(y) for _, y in batches_of(context, 3, 1)] == [1, 1, 1]
 
 
 def test_a_method_that_needs_images_says_so() -> None:

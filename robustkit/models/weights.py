@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,12 @@ def load_weights(
         raise UsageError(f"{use.name} is code: read it; if you trust it, add --trust-plugins (trust_plugins=True)")
     if not all(one > 0 for one in std):
         raise UsageError(f"std: {', '.join(map(str, std))}: deviations are above 0")
-    state = plain_weights(read_weights(Path(path)), str(path))
+    read = read_weights(Path(path))
     with torch.random.fork_rng(devices=[]):
         built = build_model(use, shape=shape, classes=classes, mean=mean, std=std, folder=folder)
     made = without_hooks(built)
     assert isinstance(made.inner, nn.Module)
+    state = plain_weights(read, str(path), made.inner.state_dict())
     _put(made.inner, state, f"{path}: does not fit {use.name} for {classes} classes")
     return made.eval()
 
@@ -106,18 +107,34 @@ def _tensors(found: object, path: Path) -> dict[str, Tensor]:
             f"{path}: no state dict: {', '.join(odd[:3])} is no tensor; the weights may stand alone or under "
             f"{', '.join(NESTED)}"
         )
+    unlike = [name for name, value in found.items() if not _is_dense(value)]
+    if unlike:
+        raise ModelError(
+            f"{path}: {', '.join(unlike[:3])}: sparse, quantized, complex, nested or without values; weights are plain "
+            "real numbers"
+        )
     return dict(found)
 
 
-def plain_weights(state: Mapping[str, Tensor], where: str = "the state dict") -> dict[str, Tensor]:
+def _is_dense(value: Tensor) -> bool:
+    odd = value.is_nested or value.is_quantized or value.is_meta or value.is_complex()
+    return value.layout is torch.strided and not odd
+
+
+def plain_weights(
+    state: Mapping[str, Tensor], where: str = "the state dict", known: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Return a state dict without what wrappers put before its names and with masks of torch.nn.utils.prune applied.
 
+    known: names that the model has; where there is one, nothing stands before it.
+
     Raises:
-        ModelError: a mask without its weights, or one of another shape.
+        ModelError: a mask without its weights, or one of another shape; weights that claim more than they hold.
     """
     found = dict(state)
-    for prefix in PREFIXES:
-        if found and all(name.startswith(prefix) for name in found):
+    # Twice: either may stand before the other.
+    for prefix in PREFIXES * 2:
+        if found and all(name.startswith(prefix) and name not in known for name in found):
             found = {name.removeprefix(prefix): value for name, value in found.items()}
     for name in [name for name in found if name.endswith(MASK)]:
         stem = name.removesuffix(MASK)
@@ -125,6 +142,8 @@ def plain_weights(state: Mapping[str, Tensor], where: str = "the state dict") ->
         if weight is None or weight.shape != mask.shape:
             size = "is not there" if weight is None else f"is {tuple(weight.shape)}"
             raise ModelError(f"{where}: {name} is a mask {tuple(mask.shape)}, but {stem}{ORIGINAL} {size}")
+        if weight.numel() * weight.element_size() > weight.untyped_storage().nbytes():
+            raise ModelError(f"{where}: {stem}{ORIGINAL} claims {weight.numel():,} numbers and holds fewer")
         found[stem] = weight * mask
     return found
 

@@ -65,6 +65,7 @@ FILES: dict[str, Callable[[nn.Module, Path], None]] = {
     "checkpoint": lambda net, path: torch.save({"epoch": 7, "state_dict": net.state_dict()}, path),
     "parallel": lambda net, path: torch.save({"model": prefixed(net.state_dict(), "module.")}, path),
     "compiled": lambda net, path: torch.save(prefixed(net.state_dict(), "_orig_mod."), path),
+    "compiled parallel": lambda net, path: torch.save(prefixed(net.state_dict(), "_orig_mod.module."), path),
     "uncounted": lambda net, path: torch.save(
         {name: value for name, value in net.state_dict().items() if "num_batches" not in name}, path
     ),
@@ -125,6 +126,11 @@ class Hostile:
         return os.mkdir, (str(self.target),)
 
 
+def claiming(count: int) -> dict[str, Tensor]:
+    """Return a mask and its weights that lie on one number each."""
+    return {name: torch.ones(1).expand(count) for name in ("w_mask", "w_orig")}
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "there is no such file"),
     "model": (lambda path: torch.save(made().inner, path), "holds more than tensors"),
@@ -139,9 +145,21 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: torch.save({"w_mask": torch.ones(2), "w_orig": torch.ones(3)}, path),
         r"w_mask is a mask \(2,\), but w_orig is \(3,\)",
     ),
+    "claim": (
+        lambda path: torch.save(claiming(2**40), path),
+        "w_orig claims 1,099,511,627,776 numbers",
+    ),
+    "sparse": (lambda path: torch.save({"w": torch.eye(2).to_sparse()}, path), "w: sparse, quantized"),
+    "quantized": (
+        lambda path: torch.save({"w": torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)}, path),
+        "w: sparse, quantized",
+    ),
+    "complex": (lambda path: torch.save({"w": torch.eye(2, dtype=torch.complex64)}, path), "w: sparse, quantized"),
+    "meta": (lambda path: torch.save({"w": torch.empty(2, device="meta")}, path), "without values"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_state_dict_of_the_model_is_refused(kind: str, tmp_path: Path) -> None:
     make, message = REFUSED[kind]
@@ -202,3 +220,18 @@ def test_a_class_of_the_users_own_needs_trust(tmp_path: Path) -> None:
     found = loaded(tmp_path / "net.pt", model="own.py:Net", folder=tmp_path, trust_plugins=True)
     x = torch.rand(3, *SHAPE)
     torch.testing.assert_close(found(x), net((x - MEAN[0]) / STD[0]))
+
+
+def test_names_that_the_model_itself_has_are_left_alone(tmp_path: Path) -> None:
+    """`module.` is also what a network may call a part of its own."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.module = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n\n"
+        "    def forward(self, x):\n        return self.module(x)\n"
+    )
+    weight, bias = torch.randn(10, 64), torch.randn(10)
+    torch.save({"module.1.weight": weight, "module.1.bias": bias}, tmp_path / "net.pt")
+    model = loaded(tmp_path / "net.pt", model="net.py:Net", folder=tmp_path, trust_plugins=True, mean=(0,), std=(1,))
+    x = torch.rand(3, *SHAPE)
+    assert torch.allclose(model(x), x.flatten(1) @ weight.T + bias, atol=1e-5)

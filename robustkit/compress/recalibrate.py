@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.compress.base import CompressContext
+from robustkit.errors import ModelError
 from robustkit.models.widths import NORMS
 from robustkit.params import PositiveInt
 
@@ -48,9 +49,18 @@ class Recalibrate:
     batch_size: PositiveInt = 128
 
     def finish(self, model: nn.Module, context: CompressContext) -> nn.Module:
-        """Return the model with new statistics; the report says how many layers have them."""
+        """Return the model with new statistics; the report says how many layers have them.
+
+        Raises:
+            ModelError: batches of one image, and a batch norm that finds no variance in one.
+        """
         x, _ = context.batch(self.examples)
-        # One image has no variance.
-        count = recalibrate(model, (part for part in x.split(self.batch_size) if len(part) > 1))
+        parts = x.split(self.batch_size)
+        # One image may have no variance.
+        several = [part for part in parts if len(part) > 1]
+        try:
+            count = recalibrate(model, several or parts)
+        except ValueError as error:
+            raise ModelError(f"recalibrate: batches of two images or more are needed: {error}") from error
         context.note(f"recalibrate: {count} batch norms measured on {len(x)} training images")
         return model

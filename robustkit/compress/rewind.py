@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,18 +49,25 @@ class Rewind:
 
 
 class EpochKeeper(Defense):
-    """Keeps copies of the weights after some epochs of a training (1 is the first)."""
+    """Keeps copies of the weights after some epochs of a training (1 is the first).
 
-    def __init__(self, epochs: Sequence[int]) -> None:
+    `defenses`: what has changed the model for the training; the copies are of the plain model, without it.
+    """
+
+    def __init__(self, epochs: Sequence[int], defenses: Sequence[Defense] = ()) -> None:
         self._epochs = frozenset(epochs)
+        self._defenses = tuple(defenses)
         self._kept: dict[str, dict[str, Tensor]] = {}
 
     def after_step(self, step: Step) -> None:
         """Copy the weights where an epoch that is asked for ends with this step."""
         last = step.done * step.epochs > step.epoch + 1 - step.length * step.epochs / 2
         if last and step.epoch + 1 in self._epochs:
+            plain = copy.deepcopy(step.model)
+            for defense in reversed(self._defenses):
+                plain = defense.restore_model(plain)
             self._kept[str(step.epoch + 1)] = {
-                name: value.detach().clone() for name, value in step.model.state_dict().items()
+                name: value.detach().clone() for name, value in plain.state_dict().items()
             }
 
     def weights(self, epoch: int) -> dict[str, Tensor]:

@@ -56,8 +56,9 @@ def fit_step(bench: Workbench, step: Step) -> None:
     last: nn.Module | None = None
     if variant.train:
         kept = kept_epochs(bench.recipe, variant)
-        epochs = EpochKeeper(kept)
-        defenses = [*_defenses(bench, variant, keeper), *([("epochs", epochs)] if kept else [])]
+        defenses = _defenses(bench, variant, keeper)
+        epochs = EpochKeeper(kept, [defense for _, defense in defenses])
+        defenses += [("epochs", epochs)] if kept else []
         # The last to be put in and the first to be taken out: what is rounded is what the others make of a layer.
         defenses += keeper.trainings(model) if keeper is not None else []
         teach(bench, step, defenses)

@@ -18,6 +18,7 @@ from robustkit.compress.prune import GlobalL1
 from robustkit.compress.recalibrate import Recalibrate, recalibrate
 from robustkit.compress.rewind import EpochKeeper, Rewind, rewind
 from robustkit.data.split import split_of
+from robustkit.defenses.constraints import SpectralNorm
 from robustkit.errors import ModelError, RecipeError, TrainingError
 from robustkit.models.artefact import load_model
 from robustkit.models.small_cnn import SmallCnn
@@ -79,6 +80,20 @@ def test_the_weights_after_an_epoch_are_those_after_its_last_step() -> None:
     resumed = EpochKeeper([2])
     resumed.load_state_dict(copy.deepcopy(held.state_dict()))
     assert torch.equal(resumed.weights(2)["head.weight"], seen[1])
+
+
+def test_early_weights_are_those_of_the_plain_model() -> None:
+    """Whatever the root was trained with: a child that is rewound may be trained without it."""
+    spectral = SpectralNorm()
+    model = spectral.prepare_model(network(0)).eval()
+    held = EpochKeeper([1], [spectral])
+    held.after_step(Step(model, 0, 1, 0.0, THREAT, torch.Generator(), 1.0))
+    computed = {name: weight.detach().clone() for name, weight in prunable(model)}
+    ticket = network(1).eval()
+    rewind(ticket, held.weights(1))
+    assert all(torch.equal(computed[name], weight) for name, weight in prunable(ticket))
+    assert len(list(model.named_parameters())) == len(list(ticket.named_parameters()))
+    assert "parametrizations" in dict(model.head.named_children()), "the model in training is left alone"
 
 
 RECIPE = """\
@@ -197,3 +212,20 @@ def test_neither_moments_nor_averages_bring_a_zero_back(kind: str) -> None:
             assert not bool(weight[mask].any())
             assert not bool(mean[mask].any())
     assert sparsity_of(shown) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_lone_images_are_measured_where_they_can_be(batch_size: int) -> None:
+    """Of one image a map has a variance; a batch norm of vectors needs two."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4), nn.BatchNorm1d(4))
+    train = split_of(torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8), torch.arange(5))
+    context = CompressContext(EXAMPLE, torch.Generator(), THREAT, train)
+    if batch_size == 1:
+        with pytest.raises(ModelError, match="two images or more"):
+            Recalibrate(batch_size=1).finish(model, context)
+        model[4] = nn.Identity()
+    Recalibrate(batch_size=batch_size).finish(model, context)
+    means = model[0](train.floats(0, 5)).mean((0, 2, 3)) if batch_size == 1 else None
+    assert bool((model[1].running_mean != 0).all())  # type: ignore[operator,union-attr]
+    if means is not None:
+        assert torch.allclose(model[1].running_mean, means, atol=1e-6)  # type: ignore[arg-type]

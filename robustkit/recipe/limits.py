@@ -18,6 +18,7 @@ ABOVE_ZERO = frozenset({
 FROM_ZERO = frozenset({"std", "noise_sd", "overshoot", "kappa", "decay", "momentum", "diversity_prob", "prob", "rho"})
 UP_TO_ONE = frozenset({"diversity_prob", "prob", "p_init", "gamma", "rho"})
 SPARSITY, CAP = "sparsity", "max_layer_sparsity"
+TIMES = ("begin", "end", "schedule")
 EQUAL = frozenset({"layer_l1"})
 """Methods that drop the same share of every layer, up to all that it may lose."""
 TYPO = "guassian"
@@ -44,7 +45,7 @@ def refusal(entry: Entry) -> str | None:
 def beyond_limits(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return each parameter whose value its class cannot work with, and what is wrong with it."""
     if entry.kind == "compressor":
-        return _over_cap(entry, values)
+        return _over_cap(entry, values) + _out_of_order(entry, values)
     if entry.origin != "torchattacks":
         return []
     found = [(name, _wrong(entry.attribute, name, value)) for name, value in values.items()]
@@ -60,6 +61,18 @@ def _over_cap(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     if sparsity < cap or cap == 1 or (sparsity == cap and entry.name in EQUAL):
         return []
     return [(SPARSITY, f"{SPARSITY}: no layer may lose more than {CAP}, {cap:g}; raise {CAP} (1 may empty a layer)")]
+
+
+def _out_of_order(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return that a schedule ends no later than it begins: it would prune everything in one step."""
+    defaults = {one.name: one.default for one in parameters(entry) if one.name in TIMES}
+    begin, end, schedule = (values.get(name, defaults.get(name)) for name in TIMES)
+    if set(defaults) != set(TIMES) or schedule == "one_shot":
+        return []
+    if not isinstance(begin, int | float) or not isinstance(end, int | float) or begin < end:
+        return []
+    name = "begin" if "begin" in values else "end"
+    return [(name, f"{name}: a schedule from {begin:g} to {end:g} of the training has no length; end after begin")]
 
 
 def _wrong(attack: str, name: str, value: object) -> str | None:

@@ -89,6 +89,12 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "max_layer_sparsity, 0.5",
         "raise max_layer_sparsity",
     ),
+    "a schedule that ends before it begins": (
+        change("80%}", "80%, schedule: cubic, begin: 60%}"),
+        "12:67",
+        "from 0.6 to 0.5 of the training",
+        "end after begin",
+    ),
     "a factor of 3": (
         change("epochs: 2", "schedule: {step: {gamma: 3}}"),
         "5:34",

@@ -17,7 +17,7 @@ WEIGHTED = {"Conv": 1, "Gemm": 1, "MatMul": 1}
 """Operations with weights, and which of their inputs these are."""
 IMAGE, LOGITS = "image", "logits"
 MAX_VALUES = 2**28
-"""So many values may an operation give."""
+"""So many values may an operation give, and all together that depend on no image."""
 
 
 class OnnxGraph(nn.Module):
@@ -34,13 +34,16 @@ class OnnxGraph(nn.Module):
         check_proto(proto)
         self.steps: list[tuple[str, dict[str, Any], list[str], str]] = []
         known = _initializers(proto)
+        folded = 0
         for node in proto.graph.node:
             given = {one.name: _attribute(one) for one in node.attribute}
             if node.op_type == "Constant":
                 known[node.output[0]] = given["value"]
             elif all(name in known or not name for name in node.input):
                 constants = [known.get(name) for name in node.input]
-                _size(node.op_type, given, constants)
+                folded += _size(node.op_type, given, constants).numel()
+                if folded > MAX_VALUES:
+                    raise ModelError(f"the ONNX file computes {folded:,} values from no image, which is absurd")
                 known[node.output[0]] = _run(node.op_type, given, constants)
             else:
                 self.steps.append((node.op_type, given, list(node.input), node.output[0]))

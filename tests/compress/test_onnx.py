@@ -235,6 +235,12 @@ def _edited(data: bytes, what: str) -> bytes:
         nodes = [*grown, *proto.graph.node]
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
+    elif what == "many":
+        grown = [helper.make_node("Concat", [f"g{n}" if n else "w"] * 2, [f"g{n + 1}"], axis=0) for n in range(20)]
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros(128, np.float32), "w"))
+        nodes = [*grown, *(helper.make_node("Relu", ["g20"], [f"r{n}"]) for n in range(40)), *proto.graph.node]
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
     elif what == "misfit":
         proto.graph.initializer[0].CopyFrom(
             numpy_helper.from_array(np.zeros(7, np.float32), proto.graph.initializer[0].name)
@@ -263,6 +269,7 @@ def _edited(data: bytes, what: str) -> bytes:
         ("outside", "keeps data outside of itself"),
         ("growing", "values for two images, which is absurd"),
         ("growing weights", "which is absurd"),
+        ("many", "values from no image, which is absurd"),
         ("misfit", "does not fit its inputs"),
         ("function", "functions of its own"),
         ("classes", "names 11 classes"),

@@ -269,6 +269,21 @@ class MaskKeeper(Defense):
         self._done = list(state["done"])
 
 
+class HeldMasks(Defense):
+    """Holds a keeper's masks in what is evaluated: the last of all hooks, after those that average weights.
+
+    The keeper itself comes first. Averages of biases and batch norms would live on in channels that were dropped, and
+    epochs would be chosen by another model than the one that is shipped.
+    """
+
+    def __init__(self, keeper: MaskKeeper) -> None:
+        self._keeper = keeper
+
+    def evaluated_model(self, model: nn.Module) -> nn.Module:
+        """Return the model with its masks applied."""
+        return self._keeper.evaluated_model(model)
+
+
 def updates_due(method: Compressor, progress: float) -> int:
     """Return how many of a schedule's updates are due at this share of training."""
     # Shares of the training are sums of floats: the last step ends at 1 within rounding.

@@ -21,6 +21,8 @@ from robustkit.compress.scored import Grasp, Lamp, Scored, Snip, Taylor
 from robustkit.data.split import Split
 from robustkit.errors import UsageError
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome, device_of
+from robustkit.models.onnx_model import OnnxModel
+from robustkit.models.quantized import Quantized
 from robustkit.stats import clopper_pearson
 
 WEIGHT_METHODS: dict[str, type[Scored] | type[GlobalL1] | type[RandomWeights]] = {
@@ -71,10 +73,12 @@ def layer_sensitivity(
     After Li et al. 2017 (arXiv 1608.08710, section 3.2), with attacked accuracy beside clean.
 
     Raises:
-        UsageError: an unknown method, or sparsities outside (0, 1).
+        UsageError: an unknown method, sparsities outside (0, 1), or a quantized model or ONNX file.
         ModelError: the method needs training images and there are none.
     """
     _check(method, sparsities)
+    if isinstance(model, Quantized | OnnxModel):
+        raise UsageError("the model is quantized or an ONNX file, and cannot be pruned: scan the one it was made of")
     plain = copy.deepcopy(without_hooks(model)).eval()
     device = device_of(plain, torch.device("cpu"))
     context = CompressContext(

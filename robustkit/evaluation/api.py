@@ -14,6 +14,8 @@ from robustkit import stats
 from robustkit.attacks.engine import Allowed
 from robustkit.attacks.threat import Attack, Threat
 from robustkit.errors import UsageError
+from robustkit.evaluation.artefact import disagreeing
+from robustkit.evaluation.artefact_rules import surrogate_flags
 from robustkit.evaluation.asked import Model, as_module, checked_examples
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome, device_of
 from robustkit.evaluation.audit import audit as audit_survivors
@@ -25,6 +27,8 @@ from robustkit.evaluation.look import looked_at
 from robustkit.evaluation.outcome import Outcome
 from robustkit.evaluation.rules import silent_flags
 from robustkit.evaluation.specs import AttackSpec, make_attacks
+from robustkit.models.onnx_model import OnnxModel
+from robustkit.models.quantized import Quantized
 from robustkit.results import Flag
 
 __all__ = ["AttackSpec", "Evaluation", "Model", "as_module", "checked_examples", "evaluate", "make_attacks"]
@@ -124,7 +128,16 @@ def _evaluated(
 
         outcomes[label], _ = attack_both(module, attack, run)
     found = _evaluation(module, images, labels, threat, clean, outcomes, made, seed, device)
-    return replace(found, quantized=quantize_input)
+    apart = _view_flags(module, images, batch_size, device) if outcomes else []
+    return replace(found, quantized=quantize_input, flags=[*found.flags, *apart])
+
+
+def _view_flags(module: nn.Module, images: Tensor, batch_size: int, device: torch.device) -> list[Flag]:
+    """Return a flag where attacks on a quantized model took something that answers otherwise."""
+    if not isinstance(module, Quantized | OnnxModel) or module.made is None:
+        return []
+    apart = disagreeing(module, images, batch_size=batch_size, device=device)
+    return surrogate_flags(apart, len(images), exact=module.made.runtime == "torch")
 
 
 def _evaluation(

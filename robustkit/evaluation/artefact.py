@@ -118,7 +118,8 @@ def beside_surrogate(
     left = replace(transfer, correct=surrogate & transfer.correct)
     square = setting.attacked(model, Square(n_queries=queries), "square", left)
     square = replace(square, correct=left.correct & square.correct)
-    return Beside(transfer, square, left.correct, len(sets), disagreeing(model, setting))
+    apart = disagreeing(model, setting.x, batch_size=setting.batch_size, device=setting.device)
+    return Beside(transfer, square, left.correct, len(sets), apart)
 
 
 def _added(before: Outcome, after: Outcome) -> Outcome:
@@ -133,11 +134,11 @@ def _added(before: Outcome, after: Outcome) -> Outcome:
 
 
 @torch.no_grad()
-def disagreeing(model: nn.Module, setting: Setting) -> int:
-    """Return on how many clean images a model and what attacks take in its place give different classes."""
+def disagreeing(model: nn.Module, x: Tensor, *, batch_size: int, device: torch.device) -> int:
+    """Return for how many clean images x (N, ...) a model and what attacks take in its place give different classes."""
     view = view_of(model)
-    apart = torch.zeros((), dtype=torch.int64, device=setting.device)
-    for first in range(0, len(setting.y), setting.batch_size):
-        images = as_images(setting.x[first : first + setting.batch_size].to(setting.device))
+    apart = torch.zeros((), dtype=torch.int64, device=device)
+    for part in x.split(batch_size):
+        images = as_images(part.to(device))
         apart += (predicted(model(images)) != predicted(view(images))).sum()
     return int(apart)

@@ -25,6 +25,7 @@ from robustkit.cli.group import run as cli
 from robustkit.compress.int8 import Int8, check_surrogate, quantize
 from robustkit.compress.pt2e import quantized_graph
 from robustkit.compress.qat import FakeQuantization
+from robustkit.compress.sensitivity import layer_sensitivity
 from robustkit.data.split import split_of
 from robustkit.errors import ModelError, RecipeError, UsageError
 from robustkit.evaluation.artefact_rules import missed_flags, stronger_flags, surrogate_flags
@@ -251,6 +252,25 @@ def test_without_torchao_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch, 
     assert cli(["run", str(recipe), "--runs", str(tmp_path / "runs")]) == 2
     assert "b: int8 needs torchao: pip install" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_quantized_model_cannot_be_scanned(small: Quantized) -> None:
+    with pytest.raises(UsageError, match="scan the one it was made of"):
+        layer_sensitivity(small, images(count=4), torch.arange(4), Threat("linf", 0.1))
+
+
+def test_a_surrogate_that_answers_otherwise_is_a_flag_of_any_evaluation(small: Quantized) -> None:
+    """As on a processor whose kernels add otherwise than those of where the file was made."""
+    x, other = images(), copy.deepcopy(small)
+    y = small(x).argmax(1)
+    threat = Threat("linf", 0.01)
+    whole = robustkit.evaluate(small, x, y, threat=threat, attacks=["fgsm"])
+    assert "int8-surrogate" not in [flag.id for flag in whole.flags]
+    other.surrogate = nn.Sequential(other.surrogate, nn.Linear(10, 10))  # type: ignore[assignment]
+    with torch.no_grad():
+        other.surrogate[1].weight.copy_(-torch.eye(10))  # type: ignore[index]
+    apart = robustkit.evaluate(other, x, y, threat=threat, attacks=["fgsm"])
+    assert [flag.severity for flag in apart.flags if flag.id == "int8-surrogate"] == ["wrong"]
 
 
 def test_a_surrogate_that_answers_otherwise_stops_the_step(small: Quantized) -> None:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from robustkit.api import run
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext
-from robustkit.compress.keeper import MaskKeeper
+from robustkit.compress.channels import ChannelL2, dead_channels
+from robustkit.compress.keeper import HeldMasks, MaskKeeper
 from robustkit.compress.masks import prunable, sparsity_of
 from robustkit.compress.prune import GlobalL1
 from robustkit.compress.recalibrate import Recalibrate, recalibrate
 from robustkit.compress.rewind import EpochKeeper, Rewind, rewind
 from robustkit.data.split import split_of
+from robustkit.defenses.averaging import Ema
 from robustkit.defenses.constraints import SpectralNorm
 from robustkit.errors import ModelError, RecipeError, TrainingError
 from robustkit.models.artefact import load_model
@@ -212,6 +214,23 @@ def test_neither_moments_nor_averages_bring_a_zero_back(kind: str) -> None:
             assert not bool(weight[mask].any())
             assert not bool(mean[mask].any())
     assert sparsity_of(shown) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_channels_that_were_dropped_do_not_live_on_in_averages_that_are_evaluated() -> None:
+    model = network(0)
+    held = MaskKeeper(
+        [ChannelL2(0.5, "cubic", end=1.0, updates=2)], inherit=False, context_seed=0, example=EXAMPLE, threat=THREAT
+    )
+    hooks = [held, Ema(), HeldMasks(held)]
+    held.prepare_model(model)
+    for number in range(4):
+        for hook in hooks:
+            hook.after_step(Step(model, 0, 1, number / 3, THREAT, torch.Generator(), 1 / 3))
+    shown: nn.Module = model
+    for hook in hooks:
+        shown = hook.evaluated_model(shown)
+    assert shown is not model
+    assert all(2 * dead == width for _, dead, width in dead_channels(shown, EXAMPLE))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -154,6 +154,8 @@ class MaskKeeper(Defense):
                 due = updates_due(method, step.done)
                 if due > self._done[number]:
                     self._done[number] = due
+                    # The optimizer's momentum has just moved what was dropped: scores are of the masked weights.
+                    self.masks.apply_(step.model)
                     reached = scheduled_sparsity(
                         method.schedule, self._start[number], method.sparsity, due / method.updates
                     )

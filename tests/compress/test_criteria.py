@@ -175,6 +175,25 @@ def test_scores_grow_with_a_schedule(kind: type[Scored]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Lamp, Snip, Grasp, Synflow, Taylor])
+def test_scores_are_of_masked_weights_whatever_the_optimizer_did_to_the_dropped_ones(kind: type[Scored]) -> None:
+    """Momentum moves weights whose gradient is zero, before the masks are applied again."""
+    seen = []
+    for moved in (0.0, 0.3):
+        model = network()
+        held = keeper(kind(0.8, "cubic", end=1.0, updates=2))
+        held.prepare_model(model)
+        held.after_step(Step(model, 0, 1, 0.5, THREAT, torch.Generator()))
+        assert 0.4 < sparsity_of(model) < 0.8
+        with torch.no_grad():
+            for _, weight in prunable(model):
+                weight += moved * (weight == 0)
+        held.after_step(Step(model, 0, 1, 1.0, THREAT, torch.Generator()))
+        assert sparsity_of(model) == pytest.approx(0.8, abs=1e-3)
+        seen.append(held.masks)
+    assert all(torch.equal(mask, seen[1].tensors[name]) for name, mask in seen[0].tensors.items())
+
+
+@pytest.mark.parametrize("kind", [Lamp, Snip, Grasp, Synflow, Taylor])
 def test_weights_under_spectral_norm_have_scores(kind: type[Scored]) -> None:
     """Of the weights as they are computed: those of a plain model with the same ones."""
     model = network()

@@ -83,7 +83,10 @@ def _group(group: object, graph: object, names: Mapping[object, str]) -> Channel
             continue
         outputs = graph.is_out_channel_pruning_fn(item.dep.handler)  # type: ignore[attr-defined]
         member = Member(names[module], module, torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs)))
-        if outputs and isinstance(module, (*WEIGHTED, *NORMS)):
+        if isinstance(module, NORMS) and not module.affine:
+            # It has nothing to mask: of a channel of zeros it makes whatever its running mean says.
+            others.append(names[module])
+        elif outputs and isinstance(module, (*WEIGHTED, *NORMS)):
             members.append(member)
         elif isinstance(module, WEIGHTED):
             readers.append(member)

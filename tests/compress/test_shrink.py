@@ -215,6 +215,18 @@ def test_a_forward_with_its_widths_written_down_is_told_apart() -> None:
         Shrink().finish(model, context((1, 8, 8)))
 
 
+def test_a_batch_norm_without_weights_stays_and_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3)
+    )
+    masked = channel_masks(model, Masks(), 0.5, torch.zeros(2, 1, 8, 8))
+    masked.apply_(model)
+    small = shrink(model, torch.zeros(2, 1, 8, 8))
+    assert not small.removed
+    assert list(small.kept.values()) == ["4 of 8 dead channels of 0 stay: 1 cannot be narrowed"]
+
+
 def test_nothing_dead_is_said() -> None:
     model, shape = made("small_cnn")
     notes: list[str] = []

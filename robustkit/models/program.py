@@ -128,7 +128,7 @@ class _Writer:
         value: Any = self._module
         for part in target.split("."):
             value = getattr(value, part)
-        name = re.sub(r"[^A-Za-z0-9]", "_", target)
+        name = re.sub(r"[^A-Za-z0-9]|^(?=[0-9])", "_", target)
         while self._names.setdefault(name, target) != target:
             name += "_"
         self.tensors[name] = value.detach()

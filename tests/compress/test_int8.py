@@ -254,6 +254,13 @@ def test_without_torchao_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_model_whose_parts_have_numbers_for_names_is_quantized() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    made = quantize(plain, images())
+    assert torch.allclose(made(images()), plain(images()), atol=0.1)
+
+
 def test_a_quantized_model_cannot_be_scanned(small: Quantized) -> None:
     with pytest.raises(UsageError, match="scan the one it was made of"):
         layer_sensitivity(small, images(count=4), torch.arange(4), Threat("linf", 0.1))

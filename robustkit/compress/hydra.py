@@ -21,15 +21,13 @@ from robustkit.compress.prune import (
     equal_counts,
     global_masks,
     magnitude_scores,
+    over_cap,
 )
 from robustkit.data.batches import epoch_order
 from robustkit.errors import ModelError
 from robustkit.params import Fraction, PositiveFloat, PositiveInt, Schedule
 from robustkit.train.hooks import Batch, Defense, Forward, Step
 from robustkit.train.step import total_loss
-
-MAX_SHARE = 0.999
-"""What a layer loses at most where magnitude says how much."""
 
 
 class TopShare(torch.autograd.Function):
@@ -167,6 +165,7 @@ class Hydra:
     lr: PositiveFloat = 0.1
     layers: Literal["equal", "magnitude"] = "equal"
     """How much each layer loses: the same share, as published, or what pruning by magnitude over all layers takes."""
+    max_layer_sparsity: Fraction = 0.999
 
     @property
     def schedule(self) -> Schedule:
@@ -192,7 +191,7 @@ class Hydra:
         """Return masks that drop the lowest learned scores of each layer.
 
         Raises:
-            ModelError: there are no training images, or more is dropped already.
+            ModelError: there are no training images, more is dropped already, or a layer may not lose as much.
         """
         counts = self._counts(model, current, sparsity)
         training = ScoreTraining(self.epochs, self.batch_size, self.lr)
@@ -201,8 +200,10 @@ class Hydra:
     def _counts(self, model: nn.Module, current: Masks, sparsity: float) -> dict[str, int]:
         scores = magnitude_scores(model)
         if self.layers == "equal":
+            if sparsity > self.max_layer_sparsity:
+                raise ModelError(over_cap(sparsity, self.max_layer_sparsity))
             return equal_counts(scores, sparsity)
-        taken = global_masks(scores, current, sparsity, MAX_SHARE).tensors
+        taken = global_masks(scores, current, sparsity, self.max_layer_sparsity).tensors
         return {name: int((taken[name] == 0).sum()) for name in scores}
 
     def check(self, model: nn.Module, context: CompressContext) -> None:

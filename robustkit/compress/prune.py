@@ -100,10 +100,11 @@ def _check_room(live: Tensor, count: int, cap: float, name: str = "") -> None:
             f"{count / max(1, live.numel()):.1%} is less than that"
         )
     if count > free:
-        raise ModelError(_over_cap(count / live.numel(), cap))
+        raise ModelError(over_cap(count / live.numel(), cap))
 
 
-def _over_cap(sparsity: float, cap: float) -> str:
+def over_cap(sparsity: float, cap: float) -> str:
+    """Return what is wrong with a sparsity that a layer may not lose, and what to do."""
     return (
         f"a sparsity of {sparsity:.1%} would drop more than max_layer_sparsity={cap:g} of a layer; "
         "raise max_layer_sparsity (1 may empty a layer) or lower sparsity"
@@ -164,7 +165,7 @@ class LayerL1:
             ModelError: that is more than max_layer_sparsity, or less than what is dropped already.
         """
         if sparsity > self.max_layer_sparsity:
-            raise ModelError(_over_cap(sparsity, self.max_layer_sparsity))
+            raise ModelError(over_cap(sparsity, self.max_layer_sparsity))
         return layer_masks(magnitude_scores(model), current, sparsity)
 
     def check(self, model: nn.Module, context: CompressContext) -> None:

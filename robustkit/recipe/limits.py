@@ -19,8 +19,9 @@ FROM_ZERO = frozenset({"std", "noise_sd", "overshoot", "kappa", "decay", "moment
 UP_TO_ONE = frozenset({"diversity_prob", "prob", "p_init", "gamma", "rho"})
 SPARSITY, CAP = "sparsity", "max_layer_sparsity"
 TIMES = ("begin", "end", "schedule")
+UPDATES = "updates"
 EQUAL = frozenset({"layer_l1"})
-"""Methods that drop the same share of every layer, up to all that it may lose."""
+"""Methods that drop the same share of every layer, up to all that it may lose; others do so with `layers: equal`."""
 TYPO = "guassian"
 """As torchattacks spells it; both are taken."""
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -54,21 +55,25 @@ def beyond_limits(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, st
 
 def _over_cap(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return that a share of all weights cannot be dropped where no layer may lose as much."""
-    defaults = {one.name: one.default for one in parameters(entry) if one.name in (SPARSITY, CAP)}
-    if set(defaults) != {SPARSITY, CAP} or not isinstance(values.get(SPARSITY), float):
+    defaults = {one.name: one.default for one in parameters(entry)}
+    if not {SPARSITY, CAP} <= set(defaults) or not isinstance(values.get(SPARSITY), float):
         return []
     sparsity, cap = values[SPARSITY], values.get(CAP, defaults[CAP])
-    if sparsity < cap or cap == 1 or (sparsity == cap and entry.name in EQUAL):
+    equal = entry.name in EQUAL or values.get("layers", defaults.get("layers")) == "equal"
+    if sparsity < cap or cap == 1 or (sparsity == cap and equal):
         return []
     return [(SPARSITY, f"{SPARSITY}: no layer may lose more than {CAP}, {cap:g}; raise {CAP} (1 may empty a layer)")]
 
 
 def _out_of_order(entry: Entry, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return that a schedule ends no later than it begins: it would prune everything in one step."""
+    """Return what says when a schedule prunes where there is no schedule, or one that ends before it begins."""
     defaults = {one.name: one.default for one in parameters(entry) if one.name in TIMES}
     begin, end, schedule = (values.get(name, defaults.get(name)) for name in TIMES)
-    if set(defaults) != set(TIMES) or schedule == "one_shot":
+    if set(defaults) != set(TIMES):
         return []
+    if schedule == "one_shot":
+        given = [name for name in ("begin", "end", UPDATES) if name in values]
+        return [(name, f"{name}: pruned in one shot, so it says nothing; add `schedule: cubic`") for name in given[:1]]
     if not isinstance(begin, int | float) or not isinstance(end, int | float) or begin < end:
         return []
     name = "begin" if "begin" in values else "end"

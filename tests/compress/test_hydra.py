@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext
-from robustkit.compress.hydra import MAX_SHARE, Hydra, Learned
+from robustkit.compress.hydra import Hydra, Learned
 from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import prunable, sparsity_of
 from robustkit.compress.prune import GlobalL1, LayerL1
@@ -123,7 +123,7 @@ def test_layers_lose_what_magnitude_takes_of_each() -> None:
     train = split_of(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
     kept = {}
     for method in (
-        GlobalL1(0.9, max_layer_sparsity=MAX_SHARE),
+        GlobalL1(0.9, max_layer_sparsity=0.999),
         Hydra(0.9, epochs=1, layers="magnitude"),
         Hydra(0.9, epochs=1),
     ):
@@ -135,3 +135,14 @@ def test_layers_lose_what_magnitude_takes_of_each() -> None:
     magnitude, learned, equal = kept.values()
     assert learned == magnitude
     assert magnitude[-1] > 100 > equal[-1], "the head's weights are ten times as large"
+
+
+def test_no_layer_loses_more_than_it_may() -> None:
+    torch.manual_seed(0)
+    model = SmallCnn((1, 8, 8), 10, [8, 16])
+    train = split_of(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
+    with pytest.raises(ModelError, match=r"max_layer_sparsity=0\.8"):
+        keeper(Hydra(0.9, epochs=1, max_layer_sparsity=0.8), train, side=8).compress(model)
+    keeper(Hydra(0.9, epochs=1, layers="magnitude", max_layer_sparsity=0.91), train, side=8).compress(model)
+    assert sparsity_of(model) == pytest.approx(0.9, abs=1e-3)
+    assert all(int((weight == 0).sum()) <= 0.91 * weight.numel() + 1 for _, weight in prunable(model))

@@ -95,6 +95,12 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "from 0.6 to 0.5 of the training",
         "end after begin",
     ),
+    "updates without a schedule": (
+        change("80%}", "80%, updates: 10}"),
+        "12:52",
+        "pruned in one shot, so it says nothing",
+        "add `schedule: cubic`",
+    ),
     "a factor of 3": (
         change("epochs: 2", "schedule: {step: {gamma: 3}}"),
         "5:34",

@@ -10,6 +10,7 @@ from robustkit.recipe.reader import Reader
 from robustkit.recipe.spec import Recipe, Use, VariantSpec
 
 INT8, ONNX = "int8", "onnx"
+RESCALED = "spectral_norm"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 QUERIES = 1000
 """Queries of the Square attack on a quantized model, where the recipe gives none."""
@@ -68,7 +69,7 @@ def lacks_packages(variants: Iterable[VariantSpec]) -> str | None:
 
 
 def quantized_problem(
-    compress: tuple[Use, ...], parent: VariantSpec | None, trains: bool
+    compress: tuple[Use, ...], parent: VariantSpec | None, trains: bool, defenses: Sequence[Use]
 ) -> tuple[str, str, str] | None:
     """Return the key where something is wrong with quantization, what it is and what to do; or None."""
     above = quantizer_of(parent.compress) if parent is not None else None
@@ -96,6 +97,12 @@ def quantized_problem(
         return (
             "compress",
             "int8 with qat trains with fake quantization, and this variant is not trained",
-            ("add `train: {}`, or drop qat"),
+            "add `train: {}`, or drop qat",
+        )
+    if uses and uses[0].parameters.get("qat") and any(one.name == RESCALED for one in defenses):
+        return (
+            "compress",
+            f"qat rounds the weights of layers, and {RESCALED} computes them from others",
+            "drop qat, which rounds after the training, or give the variant defenses without it",
         )
     return None

@@ -37,7 +37,11 @@ def kept_epochs(recipe: Recipe, variant: VariantSpec) -> tuple[int, ...]:
 
 
 def rewind_problem(
-    compress: Iterable[Use], parent: VariantSpec | None, trains: bool, variants: Mapping[str, VariantSpec]
+    compress: Iterable[Use],
+    parent: VariantSpec | None,
+    trains: bool,
+    variants: Mapping[str, VariantSpec],
+    model: Use | None,
 ) -> tuple[str, str] | None:
     """Return what is wrong with a variant's use of rewind and what to do, or None."""
     epochs = rewound_to(compress)
@@ -51,6 +55,8 @@ def rewind_problem(
     last = root.train.epochs if root.train else 0
     if max(epochs) > last:
         return f"rewind to epoch {max(epochs)}, but {root.label!r} is trained for {last}", f"an epoch up to {last}"
+    if model is not None and (model.name, model.parameters) != (root.model.name, root.model.parameters):
+        return f"the early weights are those of {root.label!r}, another model", "rewind before the model grows"
     above: VariantSpec | None = parent
     while above is not None:
         if any(use.name == SHRINK for use in above.compress):

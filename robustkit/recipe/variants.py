@@ -111,11 +111,11 @@ def _variant(
         reader.problem(
             path, f"{draft.label!r} changes nothing of {parent.label!r}", "add compress: or train:", key=True
         )
-    wrong = None if lost else rewind_problem(compress, parent, trains, done)
+    wrong = None if lost else rewind_problem(compress, parent, trains, done, chosen)
     for problem in (wrong, budget_problem(compress)):
         if problem is not None:
             reader.problem((*path, "compress"), *problem)
-    broken = None if lost else quantized_problem(compress, parent, trains)
+    broken = None if lost else quantized_problem(compress, parent, trains, defenses)
     if broken is not None:
         reader.problem((*path, broken[0]), *broken[1:])
     if trains:

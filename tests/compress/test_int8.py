@@ -419,6 +419,10 @@ HEAD = (
         ("  a: {compress: [int8]}\n  b: {from: a, compress: [int8]}\n", "'a' is quantized"),
         ("  a: {compress: [int8, int8: {bits: 4, as: again}]}\n", "quantized once"),
         ("  a:\n  b: {from: a, compress: [int8: {qat: true}]}\n", "this variant is not trained"),
+        (
+            "  a: {defenses: [spectral_norm]}\n  b: {from: a, compress: [int8: {qat: true}], train: {}}\n",
+            "spectral_norm computes them from others",
+        ),
         ("  a: {defenses: [partition_ensemble], compress: [int8]}\n", "cannot be compressed"),
         ("  a: {compress: [int8: {bits: 3}]}\n", "bits"),
     ],

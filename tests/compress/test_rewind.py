@@ -142,6 +142,10 @@ def test_tickets_from_a_recipe(tmp_path: Path) -> None:
             "rewind to epoch 3, but 'baseline' is trained for 2",
         ),
         ("{from: slim, compress: [rewind], train: {}}", "channels that 'slim' removed"),
+        (
+            "{from: baseline, model: {small_cnn: {widths: [8, 8]}}, compress: [rewind], train: {}}",
+            "the early weights are those of 'baseline', another model",
+        ),
         ("{from: baseline, compress: [rewind: {epoch: -1}], train: {}}", "greater than or equal to 0"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkit.defenses.constraints import settle_spectral_norm_, spectral_vectors
 from robustkit.params import OpenShare, PositiveInt
 from robustkit.train.hooks import Batch, Defense, Forward, Step
 
@@ -18,9 +19,15 @@ Named = dict[str, Tensor]
 
 
 def averaged(model: nn.Module) -> Named:
-    """Return what can be averaged, by name and not copied: parameters and floating-point buffers."""
+    """Return what can be averaged, by name and not copied: parameters and floating-point buffers.
+
+    The singular vectors of spectral norms are not: the mean of two is the singular vector of nothing.
+    """
     found: Named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return found | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    left = spectral_vectors(model)
+    return found | {
+        name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point() and name not in left
+    }
 
 
 @torch.no_grad()
@@ -53,6 +60,7 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         for name, place in averaged(filled).items():
             if name in values:
                 place.copy_(values[name])
+    settle_spectral_norm_(filled)
     return filled
 
 

@@ -126,14 +126,14 @@ class SpectralNorm(Defense):
 class MaxNorm(Defense):
     """Bound the l2 norm of each unit's incoming weights after every step (Srivastava et al. 2014).
 
-    limit is the largest norm, of each output of convolutions and linear layers.
+    limit is the largest norm, of each output of convolutions and linear layers; frozen ones stay.
     """
 
     limit: PositiveFloat = 3.0
 
     def after_step(self, step: Step) -> None:
         """Project the weights."""
-        project_rows_(weights_of(step.model), self.limit)
+        project_rows_((weight for weight in weights_of(step.model) if weight.requires_grad), self.limit)
 
 
 @dataclass(frozen=True)

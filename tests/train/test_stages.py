@@ -83,6 +83,29 @@ def test_frozen_layers_keep_weights_and_statistics(digits: Dataset) -> None:
     assert all(one.requires_grad for one in fitted.model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "first"), [("max_norm", {"limit": 0.1}, "groups.0"), ("lookahead", {"k": 4}, "groups.1")]
+)
+def test_what_moves_weights_by_itself_leaves_frozen_layers(
+    name: str, parameters: dict[str, Any], first: str, digits: Dataset
+) -> None:
+    kept: list[torch.Tensor] = []
+
+    class Note(Defense):
+        def transform_batch(self, batch: Batch, step: Step) -> Batch:
+            if step.epoch == 1 and not kept:
+                kept.append(step.model.get_parameter("inner.groups.0.conv1.weight").detach().clone())
+            return batch
+
+    stages = (StageSpec(epochs=1, freeze=(first,)), StageSpec(epochs=1, freeze=("groups.0",)))
+    defense = registry.create(registry.find("defense", name), parameters)
+    fitted = train(digits, stages, defenses=[(name, defense), ("note", Note())])
+    found = fitted.last_state["inner.groups.0.conv1.weight"]
+    assert torch.equal(found, kept[0])
+    assert name == "lookahead" or torch.equal(found, network().state_dict()["inner.groups.0.conv1.weight"])
+    assert name == "max_norm" or not torch.equal(found, network().state_dict()["inner.groups.0.conv1.weight"])
+
+
 def test_resume_in_the_middle_of_a_stage_gives_the_same_numbers(digits: Dataset, tmp_path: Path) -> None:
     whole = train(digits, STAGES)
 

@@ -83,6 +83,22 @@ def test_frozen_layers_keep_weights_and_statistics(digits: Dataset) -> None:
     assert all(one.requires_grad for one in fitted.model.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_layers_are_unfrozen_again(optimizer: str, digits: Dataset) -> None:
+    names = [name for name, _ in network().named_parameters() if name.startswith("inner.groups.0.")]
+    before = network().state_dict()
+    spec = TrainSpec(
+        epochs=2,
+        batch_size=50,
+        optimizer=Use(name=optimizer, parameters={"lr": 0.01}, label=optimizer),
+        stages=(StageSpec(epochs=1, freeze=("groups.0",)), StageSpec(epochs=1)),
+    )
+    given: dict[str, Any] = {"threat": Threat("linf", 0.1), "seed": 0, "key": "k", "device": CPU}
+    after = fit(network(), digits, spec, [], on_event=lambda *_: None, **given).last_state
+    assert names
+    assert not any(torch.equal(before[name], after[name]) for name in names)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "first"), [("max_norm", {"limit": 0.1}, "groups.0"), ("lookahead", {"k": 4}, "groups.1")]
 )

@@ -68,11 +68,12 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics of every batch norm to the mean over batches of images, in place.
 
-    Modules keep their mode. Averaged weights have other activations than any of the weights had, so that none of
+    Modules keep their mode; a batch norm in eval mode in a model in training is frozen, and keeps its statistics.
+    Averaged weights have other activations than any of the weights had, so that none of
     their statistics fit (Izmailov et al. 2018, section 3.2).
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
+    norms = [norm for norm in norms if norm.track_running_stats and norm.training >= model.training]
     images = list(batches)
     if not norms or not images:
         return

@@ -83,6 +83,15 @@ def test_frozen_layers_keep_weights_and_statistics(digits: Dataset) -> None:
     assert all(one.requires_grad for one in fitted.model.parameters())
 
 
+def test_an_average_leaves_the_statistics_of_frozen_layers(digits: Dataset) -> None:
+    swa = registry.create(registry.find("defense", "swa"), {"start": 0.2})
+    fitted = train(digits, (StageSpec(epochs=3, freeze=("groups.0",)),), defenses=[("swa", swa)])
+    before, after = network().state_dict(), fitted.last_state
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("inner.groups.0.")} <= same
+    assert "inner.groups.1.norm1.running_mean" not in same
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_layers_are_unfrozen_again(optimizer: str, digits: Dataset) -> None:
     names = [name for name, _ in network().named_parameters() if name.startswith("inner.groups.0.")]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from robustkit.errors import UsageError
 from robustkit.params import PositiveFloat, PositiveInt
 
 
@@ -114,7 +115,17 @@ class Crop:
     mode: Literal["reflect", "constant"] = "reflect"
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the shifted batch."""
+        """Return the shifted batch.
+
+        Raises:
+            UsageError: the images have no `padding` pixels to reflect.
+        """
+        height, width = images.shape[2:]
+        if self.mode == "reflect" and self.padding >= min(height, width):
+            raise UsageError(
+                f"crop: padding is {self.padding}; {min(height, width) - 1} pixels at most can be reflected in images "
+                f"of {height}x{width}: lower it, or set mode: constant"
+            )
         return random_crop(images, self.padding, self.mode, generator)
 
 

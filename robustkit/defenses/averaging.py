@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustkit.defenses.constraints import settle_spectral_norm_, spectral_vectors
 from robustkit.params import OpenShare, PositiveInt
 from robustkit.train.hooks import Batch, Defense, Forward, Step
 
@@ -18,9 +19,15 @@ Named = dict[str, Tensor]
 
 
 def averaged(model: nn.Module) -> Named:
-    """Return what can be averaged, by name and not copied: parameters and floating-point buffers."""
+    """Return what can be averaged, by name and not copied: parameters and floating-point buffers.
+
+    The singular vectors of spectral norms are not: the mean of two is the singular vector of nothing.
+    """
     found: Named = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return found | {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    left = spectral_vectors(model)
+    return found | {
+        name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point() and name not in left
+    }
 
 
 @torch.no_grad()
@@ -53,6 +60,7 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         for name, place in averaged(filled).items():
             if name in values:
                 place.copy_(values[name])
+    settle_spectral_norm_(filled)
     return filled
 
 
@@ -60,11 +68,12 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics of every batch norm to the mean over batches of images, in place.
 
-    Modules keep their mode. Averaged weights have other activations than any of the weights had, so that none of
+    Modules keep their mode; a batch norm in eval mode in a model in training is frozen, and keeps its statistics.
+    Averaged weights have other activations than any of the weights had, so that none of
     their statistics fit (Izmailov et al. 2018, section 3.2).
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
+    norms = [norm for norm in norms if norm.track_running_stats and norm.training >= model.training]
     images = list(batches)
     if not norms or not images:
         return

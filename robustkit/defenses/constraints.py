@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, type_before_parametrizations
 
 from robustkit.defenses.regularization import weights_of
 from robustkit.errors import ModelError
@@ -19,6 +19,8 @@ from robustkit.train.hooks import Defense, Step
 
 START = 0
 """Seed of the power iteration's first vectors: they converge to the same ones, whatever the run's seed."""
+SETTLED = 50
+"""Forwards of train mode after which the vectors fit weights that were not trained with them."""
 
 
 @torch.no_grad()
@@ -49,6 +51,34 @@ def insert_spectral_norm(model: nn.Module, iterations: int) -> nn.Module:
         for layer in layers:
             spectral_norm(layer, n_power_iterations=iterations)
     return model
+
+
+def spectral_vectors(model: nn.Module) -> set[str]:
+    """Return the names of the buffers in which spectral norms keep their singular vectors."""
+    return {
+        f"{name}.{kept}"
+        for name, module in model.named_modules()
+        if isinstance(module, _SpectralNorm)
+        for kept, _ in module.named_buffers(recurse=False)
+    }
+
+
+@torch.no_grad()
+def settle_spectral_norm_(model: nn.Module) -> None:
+    """Let the singular vectors of spectral norms follow weights that were put in from elsewhere; modes stay."""
+    for module in model.modules():
+        if not isinstance(module, ParametrizationList):
+            continue
+        weight = module.original
+        for one in module:
+            if isinstance(one, _SpectralNorm):
+                training = one.training
+                one.train()
+                for _ in range(SETTLED):
+                    one(weight)
+                one.train(training)
+                break
+            weight = one(weight)
 
 
 def remove_spectral_norm(model: nn.Module) -> nn.Module:
@@ -96,14 +126,14 @@ class SpectralNorm(Defense):
 class MaxNorm(Defense):
     """Bound the l2 norm of each unit's incoming weights after every step (Srivastava et al. 2014).
 
-    limit is the largest norm, of each output of convolutions and linear layers.
+    limit is the largest norm, of each output of convolutions and linear layers; frozen ones stay.
     """
 
     limit: PositiveFloat = 3.0
 
     def after_step(self, step: Step) -> None:
         """Project the weights."""
-        project_rows_(weights_of(step.model), self.limit)
+        project_rows_((weight for weight in weights_of(step.model) if weight.requires_grad), self.limit)
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,16 @@ def squeezed(logits: Tensor) -> Tensor:
 class LogitPairing(Defense):
     """Pair the logits of clean and adversarial images (Kannan et al. 2018).
 
-    amount weighs their mean squared difference; where no defense of the variant perturbs images, it weighs the mean
-    squared logit of the clean ones (logit squeezing).
+    amount weighs their mean squared difference, which is nothing while eps is 0; where no defense of the variant
+    perturbs images, it weighs the mean squared logit of the clean ones (logit squeezing).
     """
 
     amount: NonNegativeFloat = 0.5
 
-    def penalty(self, batch: Batch, forward: Forward, step: Step) -> Tensor:
-        """Return the scalar penalty."""
+    def penalty(self, batch: Batch, forward: Forward, step: Step) -> Tensor | None:
+        """Return the scalar penalty; None where nothing is perturbed yet."""
+        if batch.x_adv is None and step.ramp == 0:
+            return None
         if batch.x_adv is None:
             return self.amount * squeezed(forward.clean())
         return self.amount * paired(forward.clean(), forward.adversarial())

@@ -35,7 +35,8 @@ class Lookahead(Defense):
         self._steps += 1
         if self._steps % self.k or not self._slow:
             return
-        weights = _weights(step.model)
+        # Frozen layers stay where they are: their slow weights wait.
+        weights = _weights(step.model, frozen=False)
         move_(self._slow, weights, self.alpha)
         with torch.no_grad():
             for name, value in weights.items():
@@ -50,5 +51,5 @@ class Lookahead(Defense):
         self._slow, self._steps = dict(state["slow"]), int(state["steps"])
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def _weights(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:
+    return {name: one.detach() for name, one in model.named_parameters() if frozen or one.requires_grad}

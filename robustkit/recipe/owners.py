@@ -7,7 +7,7 @@ from robustkit.classes import hooks_of
 from robustkit.errors import UsageError
 from robustkit.recipe.order import Draft
 from robustkit.recipe.reader import Reader
-from robustkit.recipe.spec import EXCLUSIVE_HOOKS, Use, VariantSpec
+from robustkit.recipe.spec import EXCLUSIVE_HOOKS, WHOLE_BATCH_HOOKS, TrainSpec, Use, VariantSpec
 
 
 def check_exclusive(reader: Reader, draft: Draft, defenses: tuple[Use, ...]) -> None:
@@ -53,6 +53,19 @@ def check_parted(reader: Reader, draft: Draft, parent: VariantSpec | None, defen
     if own and wrappers:
         message = f"{wrappers[0]} wraps the vote of {own[0]}, and how many poisons that tolerates is not known then"
         reader.problem((*draft.path, "defenses"), message, f"drop {wrappers[0]}; a vote may be a member of an ensemble")
+
+
+def check_steps(reader: Reader, draft: Draft, defenses: tuple[Use, ...], train: TrainSpec) -> None:
+    """Note a training whose batches are parted although a defense looks at them whole, or that computes in two ways."""
+    whole = [use.label for use in defenses if set(WHOLE_BATCH_HOOKS) & set(defined_hooks(reader, use))]
+    own = draft.given.get("train")
+    given = (*draft.path, "train") if isinstance(own, dict) else ("train",)
+    if train.accumulate > 1 and whole:
+        message = f"{whole[0]} looks at the whole batch at once, and accumulate parts it"
+        reader.problem((*draft.path, "defenses"), message, f"drop `accumulate` or {whole[0]}")
+    if train.checkpointing and train.compile is not False:
+        message = "train.checkpointing and train.compile cannot go together"
+        reader.problem((*given, "checkpointing"), message, "drop one of them")
 
 
 def owned_hooks(reader: Reader, use: Use) -> tuple[str, ...]:

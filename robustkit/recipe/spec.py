@@ -10,8 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field
 Norm = Literal["linf", "l2", "l1", "l0"]
 Runtime = Literal["eager", "inductor", "onnxruntime"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
-EXCLUSIVE_HOOKS = ("sample_weights", "perturb", "objective", "loss_weights", "partition", "second_pass")
+EXCLUSIVE_HOOKS = (
+    "sample_weights",
+    "perturb",
+    "objective",
+    "loss_weights",
+    "partition",
+    "second_pass",
+    "evaluated_model",
+)
 """Hooks of a defense that only one defense of a variant may own."""
+WHOLE_BATCH_HOOKS = ("loss_weights", "replays", "second_pass")
+"""Hooks of a defense that look at the whole batch at once, so that it cannot be trained on in pieces."""
 
 
 class Spec(BaseModel):

@@ -11,7 +11,7 @@ from robustkit.recipe.growth import growth_problem
 from robustkit.recipe.matrix import MatrixError, combinations, substitute, substitute_text
 from robustkit.recipe.members import members_of, named_members
 from robustkit.recipe.order import Draft, ordered
-from robustkit.recipe.owners import check_exclusive, check_parted, defined_hooks
+from robustkit.recipe.owners import check_exclusive, check_parted, check_steps, defined_hooks
 from robustkit.recipe.parts import read_threat, read_train
 from robustkit.recipe.quantized import quantized_problem
 from robustkit.recipe.reader import Reader
@@ -120,6 +120,7 @@ def _variant(
         reader.problem((*path, broken[0]), *broken[1:])
     if trains:
         check_exclusive(reader, draft, defenses)
+        check_steps(reader, draft, defenses, train.model_copy(update=update))
     check_parted(reader, draft, parent, defenses)
     # What a child inherits is not known where its parent is lost.
     teacher = None if lost and "defenses" not in given else teacher_of(reader, draft, parent, defenses, trains)

@@ -35,8 +35,10 @@ def _robust(trusted: list[VariantResult], results: Results) -> str:
 
 
 def _small(trusted: list[VariantResult], results: Results) -> str:
+    sizes = {(row.name, row.seed): row.bytes for row in results.variants}
     small = [row for row in trusted if not row.members]
-    compressed = [row for row in small if row.sparsity > 0.01 or row.parent is not None]
+    # A child may be trained further, or have grown: it is compressed where it is sparse or smaller than its parent.
+    compressed = [row for row in small if row.sparsity > 0.01 or row.bytes < sizes.get((row.parent or "", row.seed), 0)]
     front = [row for row in compressed if row.pareto]
     if not compressed:
         return ""

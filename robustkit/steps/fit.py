@@ -128,10 +128,12 @@ def _fit_vote(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset)
     def build(part: Dataset) -> nn.Module:
         return without_hooks(_build(bench, variant, step, part))
 
-    defenses = _defenses(bench, variant, None)
-    if any(is_taught(defense) for _, defense in defenses):
+    def make() -> list[tuple[str, Defense]]:
+        return _defenses(bench, variant, None)
+
+    if any(is_taught(defense) for _, defense in make()):
         raise UsageError(f"{variant.label}: members of a vote cannot share a teacher: one poison could reach them all")
-    found = fit_members(bench, variant, step, data, defenses, build)
+    found = fit_members(bench, variant, step, data, make, build)
     _save(bench, found.last, variant, data, step, LAST)
     _save(bench, found.best, variant, data, step, MODEL)
     bench.store.finish(step.key, {"variant": step.variant, "seed": step.seed, **found.record}, (MODEL, LAST))

@@ -36,9 +36,11 @@ def best_and_last(bench: Workbench, step: Step) -> dict[str, Any]:
         attacked = robust_accuracy(model, test, threat, bench.device, seed=seed)
         clean = clean_loss_and_accuracy(model, test, bench.device)[1]
         found[which] = {"clean": clean, "robust": attacked.robust}
-    epochs = {"best": made["best_epoch"] + 1, "last": rows[-1]["epoch"] + 1}
+    # Of a vote each member has a best epoch of its own.
+    chosen = "each member's own" if made["best_epoch"] is None else f"epoch {made['best_epoch'] + 1}"
+    epochs = {"best": chosen, "last": f"epoch {rows[-1]['epoch'] + 1}"}
     parts = [
-        f"{which} (epoch {epochs[which]}) {found[which]['clean']:.1%} clean, {found[which]['robust']:.1%} attacked"
+        f"{which} ({epochs[which]}) {found[which]['clean']:.1%} clean, {found[which]['robust']:.1%} attacked"
         for which in ("best", "last")
     ]
     whose = " of the float model" if best == FLOAT else ""

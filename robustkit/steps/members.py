@@ -23,6 +23,7 @@ from robustkit.train.state import Named
 from robustkit.workbench import Workbench, threat_of
 
 Build = Callable[[Dataset], nn.Module]
+Make = Callable[[], Named]
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,17 @@ def owner_of(defenses: Named) -> Defense | None:
     return next((one for _, one in defenses if "partition" in owned_hooks(type(one))), None)
 
 
-def fit_members(
-    bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, defenses: Named, build: Build
-) -> Voting:
+def fit_members(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, make: Make, build: Build) -> Voting:
     """Train a model on each part, with the variant's other defenses, one after the other.
 
     Nothing of a training depends on other parts, not even its seeds: what certifies the vote is that an example can
-    reach one member alone. `build` makes a new model that normalizes by the statistics of the data it is given.
+    reach one member alone. `build` makes a new model that normalizes by the statistics of the data it is given; `make`
+    makes new defenses, as what they gather in a training (averages, perturbations) must not reach the next member.
     """
-    owner = owner_of(defenses)
+    owner = owner_of(make())
     assert owner is not None
     assert variant.train is not None
     parts = owner.partition(data, variant.train.validation) or []
-    rest = [(label, one) for label, one in defenses if one is not owner]
     folder = bench.store.step(step.key)
     folder.mkdir(parents=True, exist_ok=True)
     best, last, fits = [], [], []
@@ -62,7 +61,7 @@ def fit_members(
             build(part).to(bench.device),
             part,
             variant.train,
-            rest,
+            [(label, one) for label, one in make() if "partition" not in owned_hooks(type(one))],
             threat=threat_of(variant.threat),
             seed=step.seed,
             key=f"part {number}",

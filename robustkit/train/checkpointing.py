@@ -6,7 +6,7 @@ Chen et al. 2016, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from robustkit.defenses.thin import ThinInputs
 from robustkit.errors import UsageError
 from robustkit.recipe.spec import TrainSpec
+from robustkit.train.modes import buffers_of, copied, put_buffers
 
 LEAST = 2
 """A chain of so many blocks or more is worth it."""
@@ -68,32 +69,36 @@ def checkpointed(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Let batch norms compute as before and leave their running statistics: the batch has been counted."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm, _, tracked in kept:
-            # Without momentum nothing moves; without a buffer nothing counts.
-            norm.momentum = 0.0
-            norm.num_batches_tracked = None if tracked is None else tracked.clone()
-        yield
-    finally:
-        for norm, momentum, tracked in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, tracked
+class _AsBefore:
+    """Puts a block into the modes and gives it the buffers that it had when this was made; may be entered often.
 
+    A block is computed again later: by then a penalty's eval mode is over, and batch norms' statistics and the vectors
+    of a spectral norm have moved on. What the repetition changes in them is dropped, as it was counted the first time.
+    """
 
-@contextmanager
-def _once_more(block: nn.Module) -> Iterator[None]:
-    with ThinInputs(), _statistics_kept(block):
-        yield
+    def __init__(self, block: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in block.modules()]
+        self._block, self._buffers = block, copied(buffers_of(block))
+        self._left: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for module, training in self._modes:
+                stack.callback(setattr, module, "training", module.training)
+                module.training = training
+            stack.callback(put_buffers, buffers_of(self._block))
+            put_buffers(copied(self._buffers))
+            stack.enter_context(ThinInputs())
+            self._left.append(stack.pop_all())
+
+    def __exit__(self, *error: object) -> None:
+        self._left.pop().close()
 
 
 def _again(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         # A mode that was entered outside does not reach into a backward: both passes have it, or they would differ.
-        return ThinInputs(), _once_more(block)
+        return ThinInputs(), _AsBefore(block)
 
     def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if not torch.is_grad_enabled():

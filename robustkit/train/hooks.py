@@ -241,7 +241,7 @@ class Defense:
         return True
 
     def evaluated_model(self, model: nn.Module) -> nn.Module:
-        """Return the model to evaluate and to store (EMA or SWA weights)."""
+        """EXCLUSIVE. Return the model to evaluate and to store (EMA or SWA weights)."""
         return model
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
+
+Buffers = list[tuple[nn.Module, str, Tensor]]
+"""Buffers with the modules that hold them, and their names there."""
 
 
 @contextmanager
@@ -30,11 +33,38 @@ def attack_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode with its parameters as they are; restore the modes, module by module."""
+    """Put the model into eval mode with its parameters as they are; restore the modes, module by module.
+
+    A graph that is made meanwhile holds copies of the buffers: batch norms' statistics may move on before its backward.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = buffers_of(model)
     try:
         model.eval()
+        put_buffers(copied(buffers))
         yield
     finally:
+        put_buffers(buffers)
         for module, training in modes:
             module.training = training
+
+
+def buffers_of(model: nn.Module) -> Buffers:
+    """Return the buffers of a model, not copied."""
+    return [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def copied(buffers: Buffers) -> Buffers:
+    """Return copies of buffers, for the same places."""
+    return [(module, name, buffer.detach().clone()) for module, name, buffer in buffers]
+
+
+def put_buffers(buffers: Buffers) -> None:
+    """Put buffers in their places: these tensors, and not their values into those that are there."""
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer

@@ -53,7 +53,7 @@ class Sgd:
 
     def build(self, groups: Groups) -> torch.optim.Optimizer:
         """Return torch's SGD."""
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             groups,
             lr=self.lr,
             momentum=self.momentum,
@@ -61,6 +61,11 @@ class Sgd:
             nesterov=self.nesterov and self.momentum > 0,
             fused=fusible(groups),
         )
+        if self.momentum > 0:
+            # The fused update fails where some parameters, frozen until now, have no momentum yet and others have.
+            for parameter in (one for group in optimizer.param_groups for one in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
 
 
 @dataclass(frozen=True)

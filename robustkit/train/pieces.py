@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from robustkit.errors import UsageError
+from robustkit.recipe.spec import WHOLE_BATCH_HOOKS
 from robustkit.train.hooks import Batch, Defense
 from robustkit.train.state import Named
 
@@ -63,5 +62,4 @@ def check_pieces(accumulate: int, defenses: Named) -> None:
 
 
 def _needs_all(defense: Defense) -> bool:
-    chosen: Sequence[str] = ("loss_weights", "replays", "second_pass")
-    return any(getattr(type(defense), hook) is not getattr(Defense, hook) for hook in chosen)
+    return any(getattr(type(defense), hook) is not getattr(Defense, hook) for hook in WHOLE_BATCH_HOOKS)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from robustkit import registry
-from robustkit.data.augment import GaussianNoise, gaussian_noise
+from robustkit.data.augment import Crop, GaussianNoise, gaussian_noise
 from robustkit.data.rand_augment import RandAugment, rand_augment
+from robustkit.errors import UsageError
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -40,6 +41,13 @@ def test_rand_augment_keeps_shape_kind_and_range(channels: int, kind: torch.dtyp
     if kind == torch.float32:
         assert found.min() >= 0
         assert found.max() <= 1
+
+
+def test_a_crop_cannot_reflect_more_than_there_is() -> None:
+    side = images().shape[-1]
+    with pytest.raises(UsageError, match=rf"padding is {side}; {side - 1} pixels at most"):
+        Crop(side)(images(), seeded())
+    assert Crop(side - 1)(images(), seeded()).shape == Crop(side, mode="constant")(images(), seeded()).shape
 
 
 def test_rand_augment_is_drawn_by_the_generator_alone() -> None:

@@ -301,6 +301,24 @@ def test_descending_the_misalignment_aligns_the_gradients() -> None:
     assert model.training
 
 
+def test_what_another_penalty_does_to_batch_norms_is_not_in_the_misalignments_gradient() -> None:
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+    x, y = torch.rand(12, 1, 6, 6), torch.arange(12) % 3
+    found = []
+    for more in (False, True):
+        model = copy.deepcopy(whole).train()
+        misaligned = misalignment(model, x, y, Threat("linf", 0.3), generator(4)).mean()
+        if more:
+            model(5 * x)
+        misaligned.backward()
+        weight = model[0].weight
+        assert isinstance(weight, Tensor)
+        assert weight.grad is not None
+        found.append(weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_cosine_of_tiny_gradients_and_of_none() -> None:
     first = torch.tensor([[3e-30, 4e-30], [0.0, 0.0], [1.0, 0.0]], requires_grad=True)
     second = torch.tensor([[4e-30, 3e-30], [1.0, 0.0], [-2.0, 0.0]])

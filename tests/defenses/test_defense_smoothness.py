@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,8 @@ def test_logit_pairing_pairs_where_there_is_a_pair() -> None:
     batch = Batch(x, y, y, 4)
     step = Step(model, 0, 1, 0.5, Threat("linf", 0.1), seeded())
     torch.testing.assert_close(LogitPairing(2.0).penalty(batch, Forward(model, batch), step), 2 * x.square().mean())
+    # While eps is still 0 there is no pair, and no squeezing in its place.
+    assert LogitPairing(2.0).penalty(batch, Forward(model, batch), replace(step, ramp=0.0)) is None
     batch.x_adv = x + 0.5
     torch.testing.assert_close(LogitPairing(2.0).penalty(batch, Forward(model, batch), step), torch.tensor(0.5))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.defenses.averaging import Ema, Swa, averaged, recalibrate_, warmed_decay
-from robustkit.defenses.constraints import GradientClipping, MaxNorm
+from robustkit.defenses.constraints import GradientClipping, MaxNorm, SpectralNorm, insert_spectral_norm
 from robustkit.defenses.lookahead import Lookahead
 from robustkit.defenses.sharpness import Sam, ascent
 from robustkit.train.hooks import Batch, Defense, Forward, Step
@@ -186,6 +186,28 @@ def test_a_weight_that_is_pruned_on_the_way_is_zero_in_the_average(name: str) ->
     found = defense.evaluated_model(model).get_parameter("weight").detach()
     assert found[0] == 0
     assert found[1] != 0
+
+
+@pytest.mark.parametrize("name", ["ema", "swa"])
+def test_averaged_weights_have_the_spectral_norm_that_was_asked(name: str) -> None:
+    """Also where the largest direction has turned on the way: the mean of singular vectors belongs to no matrix."""
+    defense, batch = AVERAGES[name](), batch_of()
+    model = insert_spectral_norm(nn.Linear(2, 2, bias=False), 1).train()
+    for epoch in range(4):
+        step = step_of(model, epoch)
+        defense.transform_batch(batch, step)
+        with defense.around_step(batch, Forward(model, batch), step), torch.no_grad():
+            angle = torch.tensor(0.6 * epoch)
+            turned = torch.stack([angle.cos(), angle.sin()])
+            model.get_parameter("parametrizations.weight.original").copy_(turned.outer(turned.flip(0)))
+            for _ in range(30):
+                model(torch.ones(1, 2))
+        defense.after_step(step)
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    found = SpectralNorm().restore_model(defense.evaluated_model(model))
+    norm = torch.linalg.matrix_norm(found.get_parameter("weight").detach(), ord=2)
+    torch.testing.assert_close(norm, torch.tensor(1.0), rtol=1e-3, atol=0)
+    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
 
 
 def test_averaged_names_parameters_and_float_buffers_alone() -> None:

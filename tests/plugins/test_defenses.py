@@ -95,8 +95,8 @@ CASES = [
     Case("mixup", draws=True),
     Case("mixup", {"alpha": 1.0, "probability": 0.5}, draws=True),
     Case("cutmix", draws=True),
-    Case("ema"),
-    Case("swa", {"start": 0.5}),
+    Case("ema", owns=("evaluated_model",)),
+    Case("swa", {"start": 0.5}, owns=("evaluated_model",)),
     Case("lookahead", {"k": 1}),
     Case("sam", owns=("second_pass",)),
     Case("balanced_sampling", owns=("sample_weights",)),
@@ -394,6 +394,7 @@ def test_defenses_compose_in_one_step(digits: Split) -> None:
         ("[pgd_training, trades]", "perturb"),
         ("[n_fgsm, pgd_training]", "perturb"),
         ("[hard_examples, trimmed_loss]", "loss_weights"),
+        ("[swa, ema]", "evaluated_model"),
     ],
 )
 def test_two_owners_of_one_hook_are_a_recipe_error(pair: str, hook: str) -> None:

@@ -54,6 +54,19 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "unknown key below": (change("epochs: 2", "epoch: 2"), "5:9", "epoch", "epochs"),
     "unknown plugin": (change("[n_fgsm]", "[n_fsgm]"), "9:16", "n_fsgm", "n_fgsm"),
     "bits that images lack": (change("[n_fgsm]", "[bit_depth: {bits: 9}]"), "9:34", "bits", "8"),
+    "two averages": (change("[n_fgsm]", "[swa, ema]"), "9:15", "swa and ema both own `evaluated_model`", "keep one"),
+    "a whole batch in pieces": (
+        change("[n_fgsm]", "[sam]").replace("epochs: 2", "epochs: 2, accumulate: 4"),
+        "9:15",
+        "sam looks at the whole batch at once",
+        "drop `accumulate` or sam",
+    ),
+    "compiled and computed again": (
+        change("epochs: 2", "checkpointing: true, compile: auto"),
+        "5:24",
+        "cannot go together",
+        "drop one of them",
+    ),
     "no JPEG quality": (change("[n_fgsm]", "[jpeg: {quality: 101}]"), "9:32", "quality", "100"),
     "a compressor as a defense": (
         change("[n_fgsm]", "[shrink]"),

@@ -407,6 +407,10 @@ def test_the_verdict_names_the_winner_its_cost_and_the_doubts() -> None:
     assert "not to be quoted: robust" in found
     joint = rows[2].model_copy(update={"members": ["baseline"]})
     assert "compressed" not in " ".join(verdict(mark_pareto(Results(variants=[*rows[:2], joint]))))
+    grown = variant("grown", 90, 65, parent="robust", gzip=9000, sparsity=0.0, bytes=8000)
+    assert "compressed" not in " ".join(verdict(mark_pareto(Results(variants=[*rows[:2], grown]))))
+    shrunk = variant("shrunk", 80, 50, parent="robust", gzip=900, sparsity=0.0, bytes=2000)
+    assert "front is shrunk" in " ".join(verdict(mark_pareto(Results(variants=[*rows[:2], shrunk]))))
 
 
 def test_the_pareto_front() -> None:

@@ -146,10 +146,20 @@ def test_the_same_seed_gives_the_same_bits(digits: Dataset) -> None:
     assert not same(first.last_state, train(digits, "n_fgsm", "dropout", deterministic=True).last_state)
 
 
-def test_blocks_computed_again_change_no_bit(digits: Dataset) -> None:
-    """With dropout, whose masks have to be drawn again, and batch norms, which are to count each batch once."""
-    first = train(digits, "n_fgsm", "dropout", "ema")
-    second = train(digits, "n_fgsm", "dropout", "ema", checkpointing=True)
+@pytest.mark.parametrize(
+    "names",
+    [
+        # Masks have to be drawn again, and batch norms are to count each batch once.
+        ("n_fgsm", "dropout", "ema"),
+        # Its vectors move on in each forward, and there are two before the backward.
+        ("spectral_norm", "trades"),
+        # Gradients of gradients: in eval mode, which is over before the backward, and in train mode.
+        ("fgsm", "grad_align", "jacobian"),
+    ],
+)
+def test_blocks_computed_again_change_no_bit(names: tuple[str, ...], digits: Dataset) -> None:
+    first = train(digits, *names)
+    second = train(digits, *names, checkpointing=True)
     assert same(first.last_state, second.last_state)
 
 

@@ -83,6 +83,54 @@ def test_frozen_layers_keep_weights_and_statistics(digits: Dataset) -> None:
     assert all(one.requires_grad for one in fitted.model.parameters())
 
 
+def test_an_average_leaves_the_statistics_of_frozen_layers(digits: Dataset) -> None:
+    swa = registry.create(registry.find("defense", "swa"), {"start": 0.2})
+    fitted = train(digits, (StageSpec(epochs=3, freeze=("groups.0",)),), defenses=[("swa", swa)])
+    before, after = network().state_dict(), fitted.last_state
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("inner.groups.0.")} <= same
+    assert "inner.groups.1.norm1.running_mean" not in same
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_layers_are_unfrozen_again(optimizer: str, digits: Dataset) -> None:
+    names = [name for name, _ in network().named_parameters() if name.startswith("inner.groups.0.")]
+    before = network().state_dict()
+    spec = TrainSpec(
+        epochs=2,
+        batch_size=50,
+        optimizer=Use(name=optimizer, parameters={"lr": 0.01}, label=optimizer),
+        stages=(StageSpec(epochs=1, freeze=("groups.0",)), StageSpec(epochs=1)),
+    )
+    given: dict[str, Any] = {"threat": Threat("linf", 0.1), "seed": 0, "key": "k", "device": CPU}
+    after = fit(network(), digits, spec, [], on_event=lambda *_: None, **given).last_state
+    assert names
+    assert not any(torch.equal(before[name], after[name]) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "first"), [("max_norm", {"limit": 0.1}, "groups.0"), ("lookahead", {"k": 4}, "groups.1")]
+)
+def test_what_moves_weights_by_itself_leaves_frozen_layers(
+    name: str, parameters: dict[str, Any], first: str, digits: Dataset
+) -> None:
+    kept: list[torch.Tensor] = []
+
+    class Note(Defense):
+        def transform_batch(self, batch: Batch, step: Step) -> Batch:
+            if step.epoch == 1 and not kept:
+                kept.append(step.model.get_parameter("inner.groups.0.conv1.weight").detach().clone())
+            return batch
+
+    stages = (StageSpec(epochs=1, freeze=(first,)), StageSpec(epochs=1, freeze=("groups.0",)))
+    defense = registry.create(registry.find("defense", name), parameters)
+    fitted = train(digits, stages, defenses=[(name, defense), ("note", Note())])
+    found = fitted.last_state["inner.groups.0.conv1.weight"]
+    assert torch.equal(found, kept[0])
+    assert name == "lookahead" or torch.equal(found, network().state_dict()["inner.groups.0.conv1.weight"])
+    assert name == "max_norm" or not torch.equal(found, network().state_dict()["inner.groups.0.conv1.weight"])
+
+
 def test_resume_in_the_middle_of_a_stage_gives_the_same_numbers(digits: Dataset, tmp_path: Path) -> None:
     whole = train(digits, STAGES)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.defenses.constraints import settle_spectral_norm_, spectral_vectors
-from robustkit.params import OpenShare, PositiveInt
+from robustkit.params import NonNegativeInt, OpenShare, PositiveInt
 from robustkit.train.hooks import Batch, Defense, Forward, Step
 
 Named = dict[str, Tensor]
@@ -69,8 +69,8 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics of every batch norm to the mean over batches of images, in place.
 
     Modules keep their mode; a batch norm in eval mode in a model in training is frozen, and keeps its statistics.
-    Averaged weights have other activations than any of the weights had, so that none of
-    their statistics fit (Izmailov et al. 2018, section 3.2).
+    Averaged weights have other activations than any of the weights had, so that none of their statistics fit
+    (Izmailov et al. 2018, section 3.2).
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats and norm.training >= model.training]
@@ -93,17 +93,38 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
         module.training = training
 
 
+def seen(batch: Batch) -> Tensor:
+    """Return the images (N, C, H, W) that a step trains on: the adversarial ones where there are any."""
+    return (batch.x if batch.x_adv is None else batch.x_adv).detach()
+
+
 class Ema(Defense):
     """Evaluate and store an exponential moving average of the weights (Polyak & Juditsky 1992).
 
     decay: what is kept of the average at each step, less at first (see warmed_decay). The batch norm's statistics are
-    averaged like the weights: both change slowly, and no data is needed again.
+    taken anew, for the averaged weights, on the last `batches` training batches of the epoch, as the network saw them,
+    adversarial ones included; with none they are averaged like the weights.
     """
 
-    def __init__(self, decay: OpenShare = 0.999) -> None:
+    def __init__(self, decay: OpenShare = 0.999, batches: NonNegativeInt = 20) -> None:
         self.decay = decay
+        self.batches = batches
         self._average: Named = {}
         self._updates = 0
+        self._epoch = 0
+        self._seen: deque[Tensor] = deque(maxlen=batches)
+
+    def transform_batch(self, batch: Batch, step: Step) -> Batch:
+        """Forget the images of the epoch before: a training that was stopped goes on without them."""
+        if step.epoch != self._epoch:
+            self._epoch = step.epoch
+            self._seen.clear()
+        return batch
+
+    def around_step(self, batch: Batch, forward: Forward, step: Step) -> AbstractContextManager[None]:
+        """Keep the images, for the batch norm's statistics."""
+        self._seen.append(seen(batch))
+        return nullcontext()
 
     def after_step(self, step: Step) -> None:
         """Move the average towards the weights."""
@@ -115,15 +136,21 @@ class Ema(Defense):
 
     def evaluated_model(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model with the averaged weights; the model itself before the first step."""
-        return with_values(model, self._average) if self._average else model
+        if not self._average:
+            return model
+        mean = with_values(model, self._average)
+        recalibrate_(mean, self._seen)
+        return mean
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and how many steps are in it."""
-        return {"average": dict(self._average), "updates": self._updates}
+        return {"average": dict(self._average), "updates": self._updates, "epoch": self._epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what state_dict returned."""
         self._average, self._updates = dict(state["average"]), int(state["updates"])
+        self._epoch = int(state["epoch"])
+        self._seen.clear()
 
 
 class Swa(Defense):
@@ -154,7 +181,7 @@ class Swa(Defense):
     def around_step(self, batch: Batch, forward: Forward, step: Step) -> AbstractContextManager[None]:
         """Keep the images, for the batch norm's statistics."""
         if (step.epoch + 1) / step.epochs > self.start:
-            self._seen.append((batch.x if batch.x_adv is None else batch.x_adv).detach())
+            self._seen.append(seen(batch))
         return nullcontext()
 
     def ready(self, step: Step) -> bool:

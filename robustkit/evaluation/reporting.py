@@ -54,7 +54,7 @@ def same_attack_flags(defenses: Sequence[Use], attacks: Sequence[Use], parameter
         return []
     names = ", ".join(use.label for use in met)
     message = (
-        f"trained against {steps} step{'s' if steps > 1 else ''} up the cross-entropy and attacked by nothing else "
+        f"trained against {steps} step{'s' if steps > 1 else ''} and attacked by nothing else "
         f"({names}): it may have learned this attack alone; add cascade"
     )
     return [Flag(id="E13", severity="doubt", message=message)]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
+from robustkit.defenses import averaging
 from robustkit.defenses.averaging import Ema, Swa, averaged, recalibrate_, warmed_decay
 from robustkit.defenses.constraints import GradientClipping, MaxNorm, SpectralNorm, insert_spectral_norm
 from robustkit.defenses.lookahead import Lookahead
@@ -81,20 +83,51 @@ def test_swa_is_the_mean_over_ends_of_epochs_from_its_start() -> None:
     assert evaluated == [1.0, 2.0, 3.0, 3.5]
 
 
-def test_swa_takes_its_statistics_on_what_the_network_saw() -> None:
+@pytest.mark.parametrize("average", [Ema(0.9), Swa(start=0.1)], ids=["ema", "swa"])
+def test_statistics_are_taken_on_what_the_network_saw(average: Ema | Swa) -> None:
     torch.manual_seed(0)
-    model, swa = nn.Sequential(nn.BatchNorm2d(1)).train(), Swa(start=0.1)
+    model = nn.Sequential(nn.BatchNorm2d(1)).train()
     for epoch in (0, 1):
         batch = batch_of()
         batch.x_adv = batch.x + 3 * (epoch + 1)
         step = step_of(model, epoch, 2)
-        swa.transform_batch(batch, step)
-        with swa.around_step(batch, Forward(model, batch), step):
+        average.transform_batch(batch, step)
+        with average.around_step(batch, Forward(model, batch), step):
             pass
-    mean = swa.evaluated_model(model).get_buffer("0.running_mean")
+        average.after_step(step)
+    mean = average.evaluated_model(model).get_buffer("0.running_mean")
     # Those of the last epoch alone, and adversarial.
     torch.testing.assert_close(mean, batch_of().x.mean((0, 2, 3)) + 6)
     assert model.get_buffer("0.running_mean") == 0
+
+
+def test_ema_of_statistics_where_no_batch_is_kept() -> None:
+    model, ema = nn.Sequential(nn.BatchNorm2d(1)).train(), Ema(0.5, batches=0)
+    for value in (0.0, 8.0):
+        model.get_buffer("0.running_mean").fill_(value)
+        with ema.around_step(batch_of(), Forward(model, batch_of()), step_of(model)):
+            pass
+        ema.after_step(step_of(model))
+    # The second update keeps 2 / 11 of the average.
+    torch.testing.assert_close(ema.evaluated_model(model).get_buffer("0.running_mean"), torch.tensor([8 * 9 / 11]))
+
+
+def test_a_short_training_ends_with_an_average_of_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap is provoked: without the warm-up a short training's average is mostly its random first weights."""
+
+    def accuracy() -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+        ema, optimizer = Ema(0.999), torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(30):
+            train_step(model, Batch(x, y, y, 10), [(ema, step_of(model))], optimizer, precision=None)
+        return float((ema.evaluated_model(model).eval()(x).argmax(1) == y).float().mean())
+
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.as_tensor(labels)
+    assert accuracy() > 0.9
+    monkeypatch.setattr(averaging, "warmed_decay", lambda decay, updates: decay)
+    assert accuracy() < 0.5
 
 
 def test_recalibrated_statistics_are_those_of_the_batches() -> None:

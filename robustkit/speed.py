@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from robustkit.results import Latency, Timing, VariantResult
 
+SLIGHT = 1.1
+"""From here on a ratio is told as so many times."""
+
 
 def distinguishable(one: Latency, other: Latency) -> bool:
     """Say whether two latencies differ: their ranges from the first to the third quartile lie apart."""
@@ -18,11 +21,12 @@ def faster(one: Latency, other: Latency) -> bool:
 
 
 def against(one: Latency, other: Latency) -> str:
-    """Return `2.6 times faster`, `1.2 times slower` or `not distinguishable`."""
+    """Return `2.6 times faster`, `1.2 times slower`, `4% faster` or `not distinguishable`."""
     if not distinguishable(one, other):
         return "not distinguishable"
-    ratio = other.median / max(one.median, 1e-9)
-    return f"{ratio:.2g} times faster" if faster(one, other) else f"{1 / max(ratio, 1e-9):.2g} times slower"
+    ratio = max(other.median, 1e-9) / max(one.median, 1e-9)
+    ratio, which = (ratio, "faster") if faster(one, other) else (1 / ratio, "slower")
+    return f"{ratio:.2g} times {which}" if ratio >= SLIGHT else f"{100 * (ratio - 1):.1g}% {which}"
 
 
 def batches_against(row: VariantResult, other: VariantResult) -> str:

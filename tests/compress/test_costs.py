@@ -216,6 +216,9 @@ def test_latencies_differ_where_their_quartiles_lie_apart() -> None:
     assert against(latency(5), latency(13)) == "2.6 times faster"
     assert against(latency(13), latency(5)) == "2.6 times slower"
     assert against(latency(10), latency(10.9)) == "not distinguishable"
+    exact = [latency(ms).model_copy(update={"q1": ms, "q3": ms}) for ms in (10, 10.4)]
+    assert against(*exact) == "4% faster"
+    assert against(*reversed(exact)) == "4% slower"
 
 
 def timing(ms: float, runtime: str = "eager", threads: int = 1) -> Timing:

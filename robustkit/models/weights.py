@@ -17,6 +17,7 @@ from robustkit import registry
 from robustkit.compress.masks import without_hooks
 from robustkit.errors import ModelError, UsageError
 from robustkit.models.build import Shape, build_model
+from robustkit.models.normalized import Repeated
 from robustkit.recipe.spec import Use
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -61,9 +62,12 @@ def load_weights(
     with torch.random.fork_rng(devices=[]):
         built = build_model(use, shape=shape, classes=classes, mean=mean, std=std, folder=folder)
     made = without_hooks(built)
-    assert isinstance(made.inner, nn.Module)
-    state = plain_weights(read, str(path), made.inner.state_dict())
-    _put(made.inner, state, f"{path}: does not fit {use.name} for {classes} classes")
+    # A file knows nothing of what gives a model for colours its gray images.
+    net = made.inner.inner if isinstance(made.inner, Repeated) else made.inner
+    assert isinstance(net, nn.Module)
+    _put(
+        net, plain_weights(read, str(path), net.state_dict()), f"{path}: does not fit {use.name} for {classes} classes"
+    )
     return made.eval()
 
 

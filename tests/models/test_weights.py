@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torchvision.models import mobilenet_v2
 
 import robustkit
 from robustkit.errors import ModelError, UsageError
@@ -73,6 +74,16 @@ FILES: dict[str, Callable[[nn.Module, Path], None]] = {
         {name: value.clone() for name, value in net.state_dict().items()}, path.with_suffix(".safetensors")
     ),
 }
+
+
+def test_gray_images_for_a_model_of_colours(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = mobilenet_v2(num_classes=10).eval()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    found = loaded(tmp_path / "net.pt", model="torchvision.mobilenet_v2", shape=(1, 32, 32))
+    x = torch.rand(3, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(found(x), net(((x - MEAN[0]) / STD[0]).expand(-1, 3, -1, -1)))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "pruned"])

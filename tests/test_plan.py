@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from robustkit.recipe.plan import Plan, make_plan
+from robustkit.recipe.plan import Plan, describe_variant, make_plan
 from robustkit.recipe.spec import EvaluateSpec, Recipe, ThreatSpec, TrainSpec, Use, VariantSpec
 
 MODEL = Use(name="small_cnn", parameters={"widths": [8, 8, 8]}, label="small_cnn")
@@ -144,3 +144,10 @@ def test_each_seed_has_its_own_steps_and_every_step_comes_after_what_it_reads() 
     for step in made.steps:
         assert set(step.parents) <= seen
         seen.add(step.key)
+
+
+def test_what_is_done_to_a_variant_in_words() -> None:
+    pruned = variant("d", "a", compress=(use("global_l1", sparsity=0.8),), defenses=(use("n_fgsm"),))
+    assert [
+        describe_variant(one) for one in (variant("a"), variant("b", "a"), variant("c", "a", train=None), pruned)
+    ] == ["standard training", "trained further", "no change", "global_l1(sparsity=0.8) + n_fgsm"]

@@ -15,7 +15,11 @@ def describe_variant(variant: VariantSpec) -> str:
     """Return what is done to a variant, in words."""
     parts = [describe_use(use) for use in (*variant.compress, *variant.defenses)]
     taught = f", teacher {variant.teacher}" if variant.teacher else ""
-    return " + ".join(parts) + taught if parts else "standard training" if variant.parent is None else "no change"
+    if parts:
+        return " + ".join(parts) + taught
+    if variant.train is None:
+        return "no change"
+    return "standard training" if variant.parent is None else "trained further"
 
 
 def _short(value: object) -> str:

@@ -10,6 +10,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from robustkit.errors import did_you_mean
 from robustkit.signatures import Parameter
 
+NO_LIST = ("Input should be a valid list", "Input should be a valid tuple")
+LIST = "a list is needed; put it in brackets"
+
 
 def check_values(
     known: tuple[Parameter, ...], given: Mapping[str, Any]
@@ -45,7 +48,7 @@ def explain_details(details: Sequence[tuple[str, object]]) -> str:
     """Return pydantic's (message, input) pairs as one line, for a person."""
     messages = []
     for message, _ in details:
-        text = message.removeprefix("Value error, ")
+        text = LIST if message in NO_LIST else message.removeprefix("Value error, ")
         if text not in messages:
             messages.append(text[:1].lower() + text[1:])
     shown = details[0][1]

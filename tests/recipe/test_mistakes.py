@@ -108,6 +108,12 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "from 0.6 to 0.5 of the training",
         "end after begin",
     ),
+    "a layer where layers are listed": (
+        change("epochs: 2", "stages: [{epochs: 2, freeze: head}]"),
+        "5:38",
+        "freeze: a list is needed, not 'head'",
+        "put it in brackets",
+    ),
     "updates without a schedule": (
         change("80%}", "80%, updates: 10}"),
         "12:52",

@@ -163,7 +163,10 @@ class MaskKeeper(Defense):
         self.masks.apply_(step.model)
 
     def evaluated_model(self, model: nn.Module) -> nn.Module:
-        """Hold the masks in averaged weights too: a weight lives on in its average after it was dropped."""
+        """Hold the masks in averaged weights too: a weight lives on in its average after it was dropped.
+
+        Averages of biases and batch norms live on as well, in channels that were dropped.
+        """
         if set(self.masks.tensors) <= set(dict(model.named_parameters())):
             self.masks.apply_(model)
         return model
@@ -269,21 +272,6 @@ class MaskKeeper(Defense):
         self.masks = Masks.from_state_dict(state["masks"])
         self._start = list(state["start"])
         self._done = list(state["done"])
-
-
-class HeldMasks(Defense):
-    """Holds a keeper's masks in what is evaluated: the last of all hooks, after those that average weights.
-
-    The keeper itself comes first. Averages of biases and batch norms would live on in channels that were dropped, and
-    epochs would be chosen by another model than the one that is shipped.
-    """
-
-    def __init__(self, keeper: MaskKeeper) -> None:
-        self._keeper = keeper
-
-    def evaluated_model(self, model: nn.Module) -> nn.Module:
-        """Return the model with its masks applied."""
-        return self._keeper.evaluated_model(model)
 
 
 def updates_due(method: Compressor, progress: float) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustkit import registry
 from robustkit.checkpoint import StateFile
-from robustkit.compress.keeper import HeldMasks, MaskKeeper
+from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import Masks, hook_masks, is_hooked, without_hooks
 from robustkit.compress.rewind import EpochKeeper
 from robustkit.data.content import cache_folder
@@ -258,7 +258,7 @@ def _defenses(bench: Workbench, variant: VariantSpec, keeper: MaskKeeper | None)
         _check_owner(use.label, defense, owners)
         # The number of the use, not its label: renaming must not shift any random number.
         named.append((f"{use.name}#{seen[use.name]}", defense))
-    return named if keeper is None else [*named, ("held", HeldMasks(keeper))]
+    return named
 
 
 def _check_owner(label: str, defense: Defense, owners: dict[str, str]) -> None:

@@ -260,6 +260,16 @@ class Defense:
         """Take back what state_dict returned."""
 
 
+def evaluated_model(model: nn.Module, defenses: Sequence[Defense]) -> nn.Module:
+    """Return the model to evaluate and to store, by the last defense first.
+
+    Masks come first of all and have the last word: what is averaged over time remembers what was dropped since.
+    """
+    for defense in reversed(defenses):
+        model = defense.evaluated_model(model)
+    return model
+
+
 def is_adversarial(defense: Defense) -> bool:
     """Say whether the defense trains on perturbed images (checkpoints are then selected by robust accuracy)."""
     return type(defense).perturb is not Defense.perturb

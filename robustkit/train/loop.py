@@ -26,7 +26,7 @@ from robustkit.train.clock import Clock
 from robustkit.train.determinism import deterministic
 from robustkit.train.engine import TrainingEngine, choose
 from robustkit.train.guards import Guards, Verdict
-from robustkit.train.hooks import Batch, Decision, EpochReport, Step, is_adversarial, owned_hooks
+from robustkit.train.hooks import Batch, Decision, EpochReport, Step, evaluated_model, is_adversarial, owned_hooks
 from robustkit.train.layout import to_channels_last
 from robustkit.train.optim import OptimizerPlugin, SchedulePlugin
 from robustkit.train.overfitting import overfitting_flags
@@ -354,10 +354,7 @@ class _Run:
         return row
 
     def _evaluated(self) -> nn.Module:
-        model = self.model
-        for _, defense in self.defenses:
-            model = defense.evaluated_model(model)
-        return model
+        return evaluated_model(self.model, [defense for _, defense in self.defenses])
 
     def _judge(self, row: EpochRow, state: TrainingState) -> tuple[Verdict, bool]:
         """Return what the guards and the defenses make of an epoch, and whether it is to be the last one."""

@@ -13,7 +13,7 @@ from robustkit.api import run
 from robustkit.attacks.threat import Threat
 from robustkit.compress.base import CompressContext
 from robustkit.compress.channels import ChannelL2, dead_channels
-from robustkit.compress.keeper import HeldMasks, MaskKeeper
+from robustkit.compress.keeper import MaskKeeper
 from robustkit.compress.masks import prunable, sparsity_of
 from robustkit.compress.prune import GlobalL1
 from robustkit.compress.recalibrate import Recalibrate, recalibrate
@@ -25,7 +25,7 @@ from robustkit.errors import ModelError, RecipeError, TrainingError
 from robustkit.models.artefact import load_model
 from robustkit.models.small_cnn import SmallCnn
 from robustkit.recipe.schema import parse_recipe
-from robustkit.train.hooks import Defense, Step
+from robustkit.train.hooks import Defense, Step, evaluated_model
 
 THREAT = Threat("linf", 0.1)
 EXAMPLE = torch.zeros(2, 1, 8, 8)
@@ -225,14 +225,12 @@ def test_channels_that_were_dropped_do_not_live_on_in_averages_that_are_evaluate
     held = MaskKeeper(
         [ChannelL2(0.5, "cubic", end=1.0, updates=2)], inherit=False, context_seed=0, example=EXAMPLE, threat=THREAT
     )
-    hooks = [held, Ema(), HeldMasks(held)]
+    hooks = [held, Ema()]
     held.prepare_model(model)
     for number in range(4):
         for hook in hooks:
             hook.after_step(Step(model, 0, 1, number / 3, THREAT, torch.Generator(), 1 / 3))
-    shown: nn.Module = model
-    for hook in hooks:
-        shown = hook.evaluated_model(shown)
+    shown = evaluated_model(model, hooks)
     assert shown is not model
     assert all(2 * dead == width for _, dead, width in dead_channels(shown, EXAMPLE))
 

@@ -5,39 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from robustkit.compress.base import CompressContext
 from robustkit.errors import ModelError
+from robustkit.models.statistics import measure_statistics_
 from robustkit.models.widths import NORMS
 from robustkit.params import PositiveInt
 
 
-@torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Set each batch norm's mean and variance to their averages over batches (N, C, H, W); return how many there are.
 
     Weights and biases stay. Everything else runs in eval mode, and the model keeps its modes.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) and module.track_running_stats]
-    modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-            # No momentum: the plain average over all batches.
-            norm.momentum = None
-        if norms:
-            for x in batches:
-                model(x)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    if norms:
+        measure_statistics_(model, norms, batches)
     return len(norms)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.defenses.constraints import settle_spectral_norm_, spectral_vectors
+from robustkit.models.statistics import measure_statistics_
 from robustkit.params import NonNegativeInt, OpenShare, PositiveInt
 from robustkit.train.hooks import Batch, Defense, Forward, Step
 
@@ -64,33 +65,17 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     return filled
 
 
-@torch.no_grad()
-def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def recalibrate_(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """Set the running statistics of every batch norm to the mean over batches of images, in place.
 
-    Modules keep their mode; a batch norm in eval mode in a model in training is frozen, and keeps its statistics.
-    Averaged weights have other activations than any of the weights had, so that none of their statistics fit
-    (Izmailov et al. 2018, section 3.2).
+    Modules keep their mode; a batch norm in eval mode in a model in training is frozen, and keeps its statistics. So do
+    all of them where there is no batch. Averaged weights have other activations than any of the weights had, so that
+    none of their statistics fit (Izmailov et al. 2018, section 3.2).
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats and norm.training >= model.training]
-    images = list(batches)
-    if not norms or not images:
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    kept = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.reset_running_stats()
-        # None: the plain mean over all batches.
-        norm.momentum = None
-    for x in images:
-        model(x)
-    for norm, momentum in zip(norms, kept, strict=True):
-        norm.momentum = momentum
-    for module, training in modes:
-        module.training = training
+    if norms and batches:
+        measure_statistics_(model, norms, batches)
 
 
 def seen(batch: Batch) -> Tensor:

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from robustkit.attacks.threat import Threat
 from robustkit.defenses.budget import require_norm, step_length, target_of, warmed
+from robustkit.defenses.frozen import frozen
 from robustkit.defenses.inner import ascend, kl_divergence, kl_score, near_start, pgd_examples
 from robustkit.defenses.teacher import Seat, Teacher
 from robustkit.errors import ModelError
 from robustkit.params import Fraction, PositiveFloat, PositiveInt
 from robustkit.train.hooks import Batch, Defense, Forward, Step
-from robustkit.train.modes import attack_mode
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -87,8 +87,8 @@ def rslad_examples(
     The ascent starts at x plus Gaussian noise of standard deviation `spread`.
     """
     begin = near_start(x, threat, generator, spread)
-    with attack_mode(model):
-        return ascend(model, kl_score(teacher), x, begin, threat, steps=steps, alpha=alpha)
+    with frozen(model, passes=steps) as passes:
+        return ascend(passes, kl_score(teacher), x, begin, threat, steps=steps, alpha=alpha)
 
 
 @dataclass(frozen=True)

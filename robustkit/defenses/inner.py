@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from robustkit.attacks.losses import margin
 from robustkit.attacks.projection import l2_direction, l2_norm, project_
 from robustkit.attacks.threat import Threat
-from robustkit.defenses.thin import ThinInputs
-from robustkit.train.modes import attack_mode
+from robustkit.defenses.frozen import Logits, frozen
 
 Score = Callable[[Tensor], Tensor]
 """Logits (N, classes) -> what the adversary wants large, one number an example (N,)."""
@@ -85,15 +84,15 @@ def pgd_examples(
     The model is in eval mode with frozen parameters meanwhile, and afterwards as it was.
     """
     score = margin_score(target) if loss == "margin" else cross_entropy_score(target)
-    with attack_mode(model):
+    with frozen(model, passes=steps * restarts) as passes:
         best, highest = x, None
         for _ in range(restarts):
             begin = random_start(x, threat, generator) if start else x
-            found = ascend(model, score, x, begin, threat, steps=steps, alpha=alpha)
+            found = ascend(passes, score, x, begin, threat, steps=steps, alpha=alpha)
             if restarts == 1:
                 return found
             with torch.no_grad():
-                reached = score(model(found))
+                reached = score(passes(found))
             if highest is None:
                 best, highest = found, reached
             else:
@@ -120,8 +119,8 @@ def n_fgsm_examples(
     """
     width = noise * Threat("linf", eps).eps_for(x)
     noisy = torch.empty_like(x).uniform_(-1, 1, generator=generator).mul_(width).add_(x).clamp_(0, 1)
-    with attack_mode(model):
-        gradient = input_gradient(model, cross_entropy_score(target), noisy)
+    with frozen(model, passes=1) as passes:
+        gradient = input_gradient(passes, cross_entropy_score(target), noisy)
     return gradient.sign_().mul_(alpha).add_(noisy).clamp_(0, 1)
 
 
@@ -140,18 +139,18 @@ def trades_examples(
     The ascent starts at x plus Gaussian noise of standard deviation `spread`, because the gradient at x itself is 0.
     """
     begin = near_start(x, threat, generator, spread)
-    with attack_mode(model):
+    with frozen(model, passes=1 + steps) as passes:
         with torch.no_grad():
-            clean = model(x)
-        return ascend(model, kl_score(clean), x, begin, threat, steps=steps, alpha=alpha)
+            clean = passes(x)
+        return ascend(passes, kl_score(clean), x, begin, threat, steps=steps, alpha=alpha)
 
 
 def ascend(
-    model: nn.Module, score: Score, x: Tensor, start: Tensor, threat: Threat, *, steps: int, alpha: float
+    model: Logits, score: Score, x: Tensor, start: Tensor, threat: Threat, *, steps: int, alpha: float
 ) -> Tensor:
     """Take `steps` steps of length alpha up the score from `start`, each projected onto ball and box; return the last.
 
-    The caller puts the model into attack mode.
+    model: what `frozen` yields.
     """
     found = start
     if threat.norm == "linf":
@@ -167,9 +166,9 @@ def ascend(
     return found
 
 
-def input_gradient(model: nn.Module, score: Score, x: Tensor) -> Tensor:
+def input_gradient(model: Logits, score: Score, x: Tensor) -> Tensor:
     """Return the gradient of the summed score with respect to x, shaped like x; no parameter's .grad is touched."""
-    with torch.enable_grad(), ThinInputs():
+    with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(score(model(leaf)).sum(), leaf)
     return gradient.detach()

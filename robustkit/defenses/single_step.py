@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from robustkit.attacks.threat import Threat
 from robustkit.defenses.budget import require_norm, step_length, target_of, warmed
+from robustkit.defenses.frozen import frozen
 from robustkit.defenses.inner import ascend, cross_entropy_score, pgd_examples
 from robustkit.params import Fraction, PositiveFloat
 from robustkit.train.hooks import Batch, Defense, Step
-from robustkit.train.modes import attack_mode
 
 
 def fgsm_examples(model: nn.Module, x: Tensor, target: Tensor, threat: Threat, *, alpha: float) -> Tensor:
@@ -21,8 +21,8 @@ def fgsm_examples(model: nn.Module, x: Tensor, target: Tensor, threat: Threat, *
     target: labels (N,) or soft targets (N, classes). Under l2 the step follows the normed gradient. The result is
     inside the threat's ball and in [0, 1].
     """
-    with attack_mode(model):
-        return ascend(model, cross_entropy_score(target), x, x, threat, steps=1, alpha=alpha)
+    with frozen(model, passes=1) as passes:
+        return ascend(passes, cross_entropy_score(target), x, x, threat, steps=1, alpha=alpha)
 
 
 def fgsm_rs_examples(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from robustkit.defenses.folding import Convolution
 
 CHANNELS = 4
 """Images of at most so many channels are thin."""
@@ -56,51 +57,22 @@ class _ThinConvolution(torch.autograd.Function):
         return found.contiguous(memory_format=ctx.layout or torch.contiguous_format), None, None, None
 
 
-Call = tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]
+def is_thin(call: Convolution) -> bool:
+    """Say whether `thin_convolution` is for this one: stride 1, no dilation, one group, on the CPU, no autocast."""
+    x = call.x
+    if x.device.type != "cpu" or not x.requires_grad or x.dim() != 4 or x.shape[1] > CHANNELS or call.groups != 1:
+        return False
+    if torch.is_autocast_enabled("cpu") or isinstance(call.padding, str):
+        return False
+    return _pair(call.stride) == (1, 1) and _pair(call.dilation) == (1, 1)
 
 
-def _thin(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,  # noqa: ANN401
-    padding: Any = 0,  # noqa: ANN401
-    dilation: Any = 1,  # noqa: ANN401
-    groups: int = 1,
-) -> Call | None:
-    """Return the arguments of a convolution that is to be replaced, else None."""
-    if x.device.type != "cpu" or not x.requires_grad or x.dim() != 4 or x.shape[1] > CHANNELS or groups != 1:
-        return None
-    if weight.requires_grad or (bias is not None and bias.requires_grad) or torch.is_autocast_enabled("cpu"):
-        return None
-    if _pair(stride) != (1, 1) or _pair(dilation) != (1, 1) or isinstance(padding, str):
-        return None
-    return x, weight, bias, _pair(padding)
+def thin_convolution(call: Convolution) -> Tensor:
+    """Return what torch computes, to the bit; its input gradient is `thin_input_gradient`."""
+    found: Tensor = _ThinConvolution.apply(call.x, call.weight, call.bias, _pair(call.padding))
+    return found
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     both = (value, value) if isinstance(value, int) else tuple(value)
     return both[0], both[-1]
-
-
-class ThinInputs(TorchFunctionMode):
-    """While it is entered, convolutions over thin images on the CPU take their input gradient the quick way.
-
-    Only those with frozen filters, stride 1, no dilation and one group, outside autocast; others are as they were.
-    The forward is the same to the bit, the gradient up to rounding.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Replace `torch.conv2d` where it is worth it."""
-        given = kwargs or {}
-        if func is torch.conv2d and not given:
-            call = _thin(*args)
-            if call is not None:
-                return _ThinConvolution.apply(*call)
-        return func(*args, **given)

@@ -68,3 +68,8 @@ def put_buffers(buffers: Buffers) -> None:
     """Put buffers in their places: these tensors, and not their values into those that are there."""
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
+
+
+def is_recomputed(model: nn.Module) -> bool:
+    """Say whether a module's forward was replaced on the instance, as gradient checkpointing does."""
+    return any("forward" in vars(module) for module in model.modules())

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustkit import registry
 from robustkit.attacks.threat import Threat
+from robustkit.defenses.frozen import FrozenConvolutions, frozen
 from robustkit.defenses.inner import cross_entropy_score, input_gradient, pgd_examples
-from robustkit.defenses.thin import ThinInputs, thin_input_gradient
+from robustkit.defenses.thin import thin_input_gradient
 from robustkit.models.small_cnn import SmallCnn
 from robustkit.train.hooks import Batch, Defense, Step
 from robustkit.train.step import train_step
@@ -99,7 +100,7 @@ def test_a_stems_quick_gradient_is_the_convolutions(
     direct = convolution(x)
     gradient = torch.rand(direct.shape, generator=generator, dtype=torch.float64)
     (wanted,) = torch.autograd.grad(direct, x, gradient)
-    with ThinInputs():
+    with FrozenConvolutions(fold=False):
         quick = convolution(x)
     assert "ThinConvolution" in type(quick.grad_fn).__name__
     assert torch.equal(quick, direct)
@@ -114,7 +115,7 @@ def test_a_stems_quick_gradient_is_the_convolutions(
 )
 def test_other_convolutions_are_left_alone(convolution: nn.Conv2d) -> None:
     x = torch.rand(2, convolution.in_channels, 9, 9).requires_grad_()
-    with ThinInputs():
+    with FrozenConvolutions(fold=False):
         assert "Thin" not in type(convolution.requires_grad_(False)(x).grad_fn).__name__
         trainable = nn.Conv2d(3, 4, 3)
         assert "Thin" not in type(trainable(torch.rand(2, 3, 9, 9).requires_grad_()).grad_fn).__name__
@@ -125,7 +126,8 @@ def test_a_stems_gradient_keeps_the_images_layout() -> None:
     wide = nn.Sequential(nn.Conv2d(3, 1, 1), model).requires_grad_(False)
     for layout in (torch.channels_last, torch.contiguous_format):
         x = torch.rand(4, 3, 8, 8).contiguous(memory_format=layout)
-        assert input_gradient(wide, cross_entropy_score(torch.arange(4)), x).is_contiguous(memory_format=layout)
+        with frozen(wide, passes=9) as passes:
+            assert input_gradient(passes, cross_entropy_score(torch.arange(4)), x).is_contiguous(memory_format=layout)
 
 
 def test_projected_steps_stay_in_ball_and_box_and_go_all_the_way() -> None:
@@ -155,5 +157,5 @@ def test_a_gradient_of_the_quick_gradient_is_the_usual_one() -> None:
         return second
 
     wanted = twice()
-    with ThinInputs():
+    with FrozenConvolutions(fold=False):
         torch.testing.assert_close(twice(), wanted)

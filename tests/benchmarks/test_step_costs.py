@@ -4,7 +4,7 @@ In theory (2k + 3) / 3 with k inner steps, where a forward, an input gradient an
 for one step, 7.67 for ten, one forward more and a second outer pass for `trades`, 9.0. With weight gradients in the
 inner maximisation it would be k + 1: 2, 11 and 12.3. In `small_cnn` activations and pooling weigh, which have no weight
 gradient to save, and a standard step has no gradient of the widest maps with respect to the images: its bounds lie
-between what it measures (1.7 to 1.8, 8.0 to 8.6, 9.6 to 10.1) and what weight gradients would cost.
+between what it measures (1.7 to 1.9, 8.0 to 9.4, 9.6 to 10.9) and what weight gradients would cost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 MOST = {
     "small_cnn": {"n_fgsm": 1.9, "pgd_training, 10 steps": 9.8, "trades, 10 steps": 11.3},
-    "resnet18": {"n_fgsm": 1.75, "pgd_training, 10 steps": 7.9, "trades, 10 steps": 9.0},
+    "resnet18": {"n_fgsm": 1.75, "pgd_training, 10 steps": 7.9, "trades, 10 steps": 8.5},
 }
 
 
@@ -33,9 +33,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("name", "rounds"), [("small_cnn", 3), ("resnet18", 3)])
-def test_adversarial_steps_cost_little_more_than_their_passes(name: str, rounds: int) -> None:
-    found = costs(name, rounds, without=("mart, 10 steps",))
+@pytest.mark.parametrize("name", MOST)
+def test_adversarial_steps_cost_little_more_than_their_passes(name: str) -> None:
+    found = costs(name, 8, enough=MOST[name])
     print({label: round(value, 2) for label, value in found.items()})
     for label, most in MOST[name].items():
         assert found[label] <= most, label

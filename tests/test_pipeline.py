@@ -179,11 +179,14 @@ def wait_for(folder: Path, what: Mapping[str, object], process: subprocess.Popen
 @pytest.mark.parametrize(
     "moment",
     [
-        {"event": "epoch", "variant": "robust", "epoch": 0},
-        {"event": "start", "variant": "pruned", "kind": "fit"},
-        {"event": "start", "variant": "pruned", "kind": "attack"},
+        pytest.param({"event": "epoch", "variant": "robust", "epoch": 0}, id="between epochs"),
+        pytest.param(
+            {"event": "start", "variant": "pruned", "kind": "fit"}, id="at a child's start", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"event": "start", "variant": "pruned", "kind": "attack"}, id="in an attack", marks=pytest.mark.slow
+        ),
     ],
-    ids=["between epochs", "at a child's start", "in an attack"],
 )
 def test_a_killed_run_goes_on_with_the_same_numbers(
     moment: Mapping[str, object], undisturbed: Path, tmp_path: Path

@@ -174,6 +174,7 @@ evaluate: {examples: 40, attacks: [cascade: {budget: quick}], audit: 2, latency:
 """
 
 
+@pytest.mark.slow
 def test_a_run_audits_and_tries_the_parents_images_on_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ class _Output:
 
     tensor: Tensor
     call: Convolution
+    """Without the images."""
     pair: _Pair | None
     """Where its batch norm is in it already."""
     norm: Norm | None = None
@@ -128,7 +129,7 @@ class Folding:
         found = run(folded or call)
         if folded or self._pairs is None:
             # The output is kept until the pass ends, so that no other tensor gets its id.
-            self._outputs[id(found)] = _Output(found, call, pair)
+            self._outputs[id(found)] = _Output(found, call._replace(x=torch.empty(0)), pair)
         return found
 
     def takes(self, x: Tensor, norm: Norm) -> bool:
@@ -170,7 +171,7 @@ def _pairs(outputs: Iterable[_Output]) -> dict[int, _Pair]:
     calls = [id(output.call.weight) for output in outputs]
     found: dict[int, _Pair] = {}
     for output in outputs:
-        call, norm = output.call._replace(x=torch.empty(0)), output.norm
+        call, norm = output.call, output.norm
         alone = not output.elsewhere and calls.count(id(call.weight)) == 1
         # Filters that are no parameter are computed anew for each pass; inference tensors do not count their changes.
         lasting = type(call.weight) is nn.Parameter and not any(one.is_inference() for one in _tensors([*call, norm]))

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from robustkit.defenses.folding import Convolution, Folding, as_convolution, as_norm
 from robustkit.defenses.thin import is_thin, thin_convolution
-from robustkit.train.modes import attack_mode, is_recomputed
+from robustkit.train.modes import attack_mode, is_replaced
 
 Logits = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> logits (N, classes)."""
@@ -59,8 +59,9 @@ class FrozenModel:
 
     def __init__(self, model: nn.Module, *, fold: bool = True) -> None:
         self._model = model
-        # What is computed again in the backward is so without this mode around it: nothing may differ.
-        self._convolutions = FrozenConvolutions(fold=fold and not is_recomputed(model))
+        # What is computed again in the backward is so without this mode around it, and what is compiled would keep the
+        # filters of the first attack.
+        self._convolutions = FrozenConvolutions(fold=fold and not is_replaced(model))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of images x (N, C, H, W)."""

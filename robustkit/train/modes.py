@@ -70,6 +70,6 @@ def put_buffers(buffers: Buffers) -> None:
         module._buffers[name] = buffer
 
 
-def is_recomputed(model: nn.Module) -> bool:
-    """Say whether a module's forward was replaced on the instance, as gradient checkpointing does."""
-    return any("forward" in vars(module) for module in model.modules())
+def is_replaced(model: nn.Module) -> bool:
+    """Say whether something else than its class's forward computes a module: gradient checkpointing, torch.compile."""
+    return any("forward" in vars(one) or vars(one).get("_compiled_call_impl") is not None for one in model.modules())

@@ -190,6 +190,23 @@ def test_blocks_that_are_computed_again_are_not_folded() -> None:
             torch.testing.assert_close(gradient(quick, x), wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_compiled_is_not_folded(whole: bool) -> None:
+    """Whichever way it is compiled; a compiler would keep the filters of the attack that it saw first."""
+    torch.manual_seed(0)
+    model = lively(resnet18(SHAPE, 5, width=4))
+    compiled = model
+    if whole:
+        compiled = torch.compile(model, backend="eager")
+    else:
+        next(iter(model.children())).compile(backend="eager")
+    for _ in range(2):
+        check(compiled, left=20)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+
+
 def test_what_stands_between_convolution_and_batch_norm_sees_the_convolution() -> None:
     """A hook that reads the output, and one that changes it."""
     model = lively(Two("relu"))
@@ -226,7 +243,7 @@ def test_examples_are_found_as_without_folding(dtype: torch.dtype | None, monkey
     with attack_mode(model), torch.no_grad():
         clean = F.cross_entropy(model(x), y, reduction="none")
     folded = losses()
-    monkeypatch.setattr("robustkit.defenses.frozen.is_recomputed", lambda model: True)
+    monkeypatch.setattr("robustkit.defenses.frozen.is_replaced", lambda model: True)
     plain = losses()
     assert (plain > clean).all()
     torch.testing.assert_close(folded - clean, plain - clean, rtol=0.1 if dtype else 1e-3, atol=1e-3)

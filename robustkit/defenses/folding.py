@@ -107,19 +107,21 @@ class _Output:
     pair: _Pair | None
     """Where its batch norm is in it already."""
     norm: Norm | None = None
-    elsewhere: bool = False
 
 
 class Folding:
     """Watches the first pass of a model, and folds in those after it.
 
     A batch norm is folded into a convolution that was called once, if no other torch function took its output. A pass
-    that goes another way than the first is not to be used: `ended_well` says so.
+    that goes another way than the first is not to be used: `ended_well` says so. A hook that only keeps what a
+    convolution returns is not seen: it gets the batch norm's output.
     """
 
     def __init__(self) -> None:
         self._pairs: dict[int, _Pair] | None = None
         self._outputs: dict[int, _Output] = {}
+        self._spoiled: list[Convolution] = []
+        """Calls of the first pass whose outputs went elsewhere; these are not kept."""
         self._astray = False
 
     def watched(self, call: Convolution, run: Callable[[Convolution], Tensor]) -> Tensor:
@@ -141,7 +143,8 @@ class Folding:
             del self._outputs[id(x)]
             self._astray |= not _same(output.pair.norm, norm)
             return True
-        output.elsewhere |= output.norm is not None
+        if output.norm is not None:
+            self._spoil(output)
         output.norm = norm
         return False
 
@@ -152,27 +155,30 @@ class Folding:
         for tensor in _tensors([*args, *kwargs.values()]):
             output = self._outputs.get(id(tensor))
             if output is not None:
-                output.elsewhere = True
                 self._astray |= output.pair is not None
+                self._spoil(output)
+
+    def _spoil(self, output: _Output) -> None:
+        self._spoiled.append(output.call)
+        del self._outputs[id(output.tensor)]
 
     def ended_well(self) -> bool:
         """End a pass; say whether its output can be used."""
         if self._pairs is None:
-            self._pairs = _pairs(self._outputs.values())
+            self._pairs = _pairs(list(self._outputs.values()), self._spoiled)
         else:
             self._astray |= bool(self._outputs)
-        self._outputs = {}
+        self._outputs, self._spoiled = {}, []
         return not self._astray
 
 
-def _pairs(outputs: Iterable[_Output]) -> dict[int, _Pair]:
+def _pairs(outputs: list[_Output], spoiled: list[Convolution]) -> dict[int, _Pair]:
     """Return the pairs of a pass, by the ids of their filters."""
-    outputs = list(outputs)
-    calls = [id(output.call.weight) for output in outputs]
+    calls = [id(call.weight) for call in [*spoiled, *(output.call for output in outputs)]]
     found: dict[int, _Pair] = {}
     for output in outputs:
         call, norm = output.call, output.norm
-        alone = not output.elsewhere and calls.count(id(call.weight)) == 1
+        alone = calls.count(id(call.weight)) == 1
         # Filters that are no parameter are computed anew for each pass; inference tensors do not count their changes.
         lasting = type(call.weight) is nn.Parameter and not any(one.is_inference() for one in _tensors([*call, norm]))
         if norm is not None and alone and lasting:

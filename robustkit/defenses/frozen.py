@@ -24,12 +24,14 @@ class FrozenConvolutions(TorchFunctionMode):
 
     Over images of few channels on the CPU they take their input gradient as `thin` has it. With `fold`, batch norms in
     eval mode are folded into them from the second pass on. The numbers are the usual ones up to rounding. Others than
-    `torch.conv2d` with positional arguments are left as they were.
+    `torch.conv2d` with positional arguments are left as they were, and so is what is compiled, or computed again in
+    the backward (torch.utils.checkpoint), unless this is entered there too: `again` says that it is.
     """
 
-    def __init__(self, *, fold: bool) -> None:
+    def __init__(self, *, fold: bool, again: bool = False) -> None:
         super().__init__()
         self.folding = Folding() if fold else None
+        self._again = again
 
     def __torch_function__(
         self,
@@ -40,12 +42,13 @@ class FrozenConvolutions(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """Replace convolutions, and batch norms that are folded into them."""
         given = kwargs or {}
-        norm = as_norm(*args, **given) if func is functional.batch_norm else None
+        left = torch.compiler.is_compiling() or (not self._again and _saves_in_another_way())
+        norm = as_norm(*args, **given) if func is functional.batch_norm and not left else None
         if self.folding is not None and norm is not None and self.folding.takes(args[0], norm):
             return args[0]
         if self.folding is not None and norm is None:
             self.folding.look_at(func, args, given)
-        call = as_convolution(*args) if func is torch.conv2d and not given else None
+        call = as_convolution(*args) if func is torch.conv2d and not given and not left else None
         return func(*args, **given) if call is None else self._convolve(call)
 
     def _convolve(self, call: Convolution) -> Tensor:
@@ -65,10 +68,14 @@ class FrozenModel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of images x (N, C, H, W)."""
+        if not torch.is_grad_enabled():
+            plain: Tensor = self._model(x)
+            return plain
         with self._convolutions as mode:
             logits: Tensor = self._model(x)
         if mode.folding is None or mode.folding.ended_well():
             return logits
+        del logits  # and with them what they keep for a backward
         self._convolutions = FrozenConvolutions(fold=False)
         return self(x)
 
@@ -78,6 +85,11 @@ def frozen(model: nn.Module, *, passes: int) -> Iterator[FrozenModel]:
     """Put the model into attack mode and yield what the passes of one attack, so many of them, go through."""
     with attack_mode(model):
         yield FrozenModel(model, fold=passes > 1)
+
+
+def _saves_in_another_way() -> bool:
+    """Say whether hooks decide what is kept for the backward, as where it is to be computed again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _run(call: Convolution) -> Tensor:

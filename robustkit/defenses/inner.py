@@ -139,7 +139,7 @@ def trades_examples(
     The ascent starts at x plus Gaussian noise of standard deviation `spread`, because the gradient at x itself is 0.
     """
     begin = near_start(x, threat, generator, spread)
-    with frozen(model, passes=1 + steps) as passes:
+    with frozen(model, passes=steps) as passes:
         with torch.no_grad():
             clean = passes(x)
         return ascend(passes, kl_score(clean), x, begin, threat, steps=steps, alpha=alpha)

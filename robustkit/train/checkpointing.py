@@ -88,7 +88,7 @@ class _AsBefore:
                 module.training = training
             stack.callback(put_buffers, buffers_of(self._block))
             put_buffers(copied(self._buffers))
-            stack.enter_context(FrozenConvolutions(fold=False))
+            stack.enter_context(FrozenConvolutions(fold=False, again=True))
             self._left.append(stack.pop_all())
 
     def __exit__(self, *error: object) -> None:
@@ -98,7 +98,7 @@ class _AsBefore:
 def _again(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         # A mode that was entered outside does not reach into a backward: both passes have it, or they would differ.
-        return FrozenConvolutions(fold=False), _AsBefore(block)
+        return FrozenConvolutions(fold=False, again=True), _AsBefore(block)
 
     def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if not torch.is_grad_enabled():

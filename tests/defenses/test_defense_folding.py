@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.densenet import DenseNet
 
 from robustkit.attacks.threat import Threat
 from robustkit.defenses.frozen import FrozenModel, frozen
@@ -188,6 +191,68 @@ def test_blocks_that_are_computed_again_are_not_folded() -> None:
     with checkpointed(model, blocks_of(model)), frozen(model, passes=9) as quick:
         for _ in range(3):
             torch.testing.assert_close(gradient(quick, x), wanted, rtol=1e-9, atol=1e-12)
+
+
+class Again(Two):
+    """`Two` with a part that the model itself computes again in the backward."""
+
+    def maps(self, x: Tensor) -> Tensor:
+        if self.use == "both":
+            return again(lambda h: self.norm(self.conv(h)), x)
+        if self.use == "convolution":
+            return self.norm(again(self.conv, x))
+        return again(lambda y: self.norm(y).tanh(), self.conv(x))
+
+
+def again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    found: Tensor = checkpoint(function, x, use_reentrant=False)
+    return found
+
+
+@pytest.mark.parametrize("use", ["both", "convolution", "norm"])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_model_computes_again_is_left_alone(use: str, first: bool) -> None:
+    model = lively(Again(use))
+    x = images()
+    with attack_mode(model):
+        wanted = gradient(model, x)
+    with frozen(model, passes=9) as quick:
+        if first:
+            with torch.no_grad():
+                quick(x)
+        for _ in range(3):
+            torch.testing.assert_close(gradient(quick, x), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_densenet_that_saves_memory() -> None:
+    torch.manual_seed(0)
+    model = lively(DenseNet(8, (2, 2), 8, memory_efficient=True, num_classes=5))
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with attack_mode(model):
+        wanted = gradient(model, x)
+    with frozen(model, passes=9) as quick:
+        for _ in range(3):
+            torch.testing.assert_close(gradient(quick, x), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_that_go_elsewhere_are_not_kept() -> None:
+    class Chain(nn.Sequential):
+        """Convolutions with activations alone, and what is left of their outputs."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.outputs: list[weakref.ref[Tensor]] = []
+            for convolution in self:
+                y = convolution(x)
+                self.outputs.append(weakref.ref(y))
+                x = y.relu()
+            self.left = sum(output() is not None for output in self.outputs[:-1])
+            return x.mean((2, 3))
+
+    chain = Chain(*(nn.Conv2d(width, 6, 3) for width in (3, 6, 6, 6))).double()
+    with frozen(chain, passes=9) as quick:
+        for _ in range(2):
+            quick(images())
+            assert chain.left == 0
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from robustkit.nested import tensors_in
 
 
 def peak_activation_bytes(model: nn.Module, shape: tuple[int, int, int]) -> int:
@@ -48,8 +50,8 @@ class LiveStorages(TorchDispatchMode):
     ) -> Any:  # noqa: ANN401
         """Run an operation and count what it allocates."""
         found = func(*args, **(kwargs or {}))
-        before = {one.untyped_storage()._cdata for one in _tensors([*args, *(kwargs or {}).values()])}
-        for one in _tensors([found]):
+        before = {one.untyped_storage()._cdata for one in tensors_in([*args, *(kwargs or {}).values()])}
+        for one in tensors_in([found]):
             storage = one.untyped_storage()
             if storage._cdata not in before:
                 before.add(storage._cdata)
@@ -61,11 +63,3 @@ class LiveStorages(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.bytes -= size
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

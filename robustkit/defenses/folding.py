@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from robustkit.nested import tensors_in
 
 SHAPES = frozenset({Tensor.dim, Tensor.size, Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__})  # type: ignore[attr-defined]
 """What only looks at what kind of tensor it gets."""
@@ -152,7 +154,7 @@ class Folding:
         """Note which outputs another operation than a batch norm in eval mode takes."""
         if not self._outputs or func in SHAPES:
             return
-        for tensor in _tensors([*args, *kwargs.values()]):
+        for tensor in tensors_in([*args, *kwargs.values()]):
             output = self._outputs.get(id(tensor))
             if output is not None:
                 self._astray |= output.pair is not None
@@ -180,25 +182,14 @@ def _pairs(outputs: list[_Output], spoiled: list[Convolution]) -> dict[int, _Pai
         call, norm = output.call, output.norm
         alone = calls.count(id(call.weight)) == 1
         # Filters that are no parameter are computed anew for each pass; inference tensors do not count their changes.
-        lasting = type(call.weight) is nn.Parameter and not any(one.is_inference() for one in _tensors([*call, norm]))
+        lasting = type(call.weight) is nn.Parameter and not any(one.is_inference() for one in tensors_in([*call, norm]))
         if norm is not None and alone and lasting:
             found[id(call.weight)] = _Pair(call, norm, _versions(call, norm))
     return found
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among the values, and in lists, tuples and dictionaries of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
-
-
 def _versions(call: Convolution, norm: Norm) -> list[int]:
-    return [one._version for one in _tensors([*call, norm])]
+    return [one._version for one in tensors_in([*call, norm])]
 
 
 def _same(one: Norm, other: Norm) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,11 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from robustkit.attacks.threat import Threat
+from robustkit.defenses.frozen import Logits
 from robustkit.errors import UsageError
 from robustkit.params import NonNegativeFloat, PositiveInt
 from robustkit.train.hooks import Batch, Defense, Forward, Step
-
-Logits = Callable[[Tensor], Tensor]
 
 
 def jacobian_penalty(model: Logits, x: Tensor, projections: int, generator: torch.Generator) -> Tensor:

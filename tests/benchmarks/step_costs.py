@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from turns import quickest
 
 from robustkit import registry
 from robustkit.attacks.threat import Threat
@@ -63,43 +63,28 @@ def step_of(name: str, chosen: tuple[str, dict[str, Any]] | None) -> Callable[[]
     return run
 
 
-def costs(name: str, rounds: int, enough: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Return the CPU seconds of each defense's step over those of a standard one, of each the quickest of the rounds.
+def costs(name: str, rounds: int, without: tuple[str, ...] = ()) -> dict[str, float]:
+    """Return the CPU seconds of each defense's step over those of a standard one, each its quickest in so many rounds.
 
-    In turns. What else a machine does only makes a step slower, so the quickest is the one that is least disturbed, and
-    more rounds come closer to an idle machine's. enough: of these defenses alone, and after two rounds no more of them
-    than it takes until each costs so little.
+    Fewer of them, but three, where more would change nothing.
     """
-    wanted = [label for label in DEFENSES if enough is None or label in enough]
-    steps = {label: step_of(name, DEFENSES[label]) for label in dict.fromkeys(["standard", *wanted])}
-    least = dict.fromkeys(steps, float("inf"))
-    found: dict[str, float] = {}
-    for number in range(rounds + 1):
-        for label, run in steps.items():
-            repeats = REPEATS.get(label, 1) if number else 1
-            begun = time.process_time()
-            for _ in range(repeats):
-                run()
-            if number:
-                least[label] = min(least[label], (time.process_time() - begun) / repeats)
-        found = {label: seconds / least["standard"] for label, seconds in least.items() if label != "standard"}
-        if number >= 2 and enough is not None and all(found[label] <= most for label, most in enough.items()):
-            break
-    return found
+    steps = {label: step_of(name, chosen) for label, chosen in DEFENSES.items() if label not in without}
+    found = quickest(steps, fewest=3, most=rounds, repeats=REPEATS)
+    standard = found.pop("standard")
+    return {label: seconds / standard for label, seconds in found.items()}
 
 
 def folding(name: str, rounds: int) -> float:
     """Return the CPU seconds of ten inner steps with batch norms folded over those without, the quickest of each."""
     model, batch = model_of(name)
     score, threat = cross_entropy_score(batch.y), Threat("linf", 8 / 255)
-    found: dict[bool, list[float]] = {True: [], False: []}
+
+    def search(fold: bool) -> Tensor:
+        return ascend(FrozenModel(model, fold=fold), score, batch.x, batch.x, threat, steps=10, alpha=2 / 255)
+
     with attack_mode(model):
-        for number in range(2 * rounds):
-            fold = number % 2 == 0
-            begun = time.process_time()
-            ascend(FrozenModel(model, fold=fold), score, batch.x, batch.x, threat, steps=10, alpha=2 / 255)
-            found[fold].append(time.process_time() - begun)
-    return min(found[True]) / min(found[False])
+        found = quickest({"folded": lambda: search(True), "not": lambda: search(False)}, fewest=rounds, most=rounds)
+    return found["folded"] / found["not"]
 
 
 def print_steps(rounds: int) -> None:

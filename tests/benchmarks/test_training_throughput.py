@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from turns import quickest
 
 from robustkit.attacks.threat import Threat
 from robustkit.data.augment import Augmentation, Crop, Flip
@@ -32,8 +32,6 @@ from robustkit.train.step import train_step
 pytestmark = pytest.mark.slow
 
 BATCH = 256
-FEWEST, MOST = 4, 24
-"""Rounds: as many as it takes until every ratio is met. What else a machine does only makes a loop slower."""
 CPU = torch.device("cpu")
 MODEL = Use(name="small_cnn", parameters={"widths": [32, 64, 64]}, label="small_cnn")
 
@@ -118,39 +116,21 @@ def test_the_training_loop_is_as_fast_as_its_model_and_faster_than_a_plain_loop(
         "DataLoader": plain_loop(data),
         "DataLoader, crops and flips": plain_loop(data, augment=True),
     }
-    speeds = dict.fromkeys(loops, 0.0)
-    for number in range(1, MOST + 1):
-        for name, epoch in loops.items():
-            # The processor's own clock and the quickest epoch: what else the machine does is not in it.
-            begun = time.process_time()
-            count = epoch()
-            speeds[name] = max(speeds[name], count / (time.process_time() - begun))
-        if number >= FEWEST and all(found >= least for found, least in ratios(speeds).values()):
-            break
+    counts = {name: epoch() for name, epoch in loops.items()}
+    speeds = {name: counts[name] / seconds for name, seconds in quickest(loops, fewest=8, most=24).items()}
     for name, speed in speeds.items():
         print(f"{name}: {speed:,.0f} images per CPU second")
-    for name, (found, least) in ratios(speeds).items():
-        print(f"{name}: {found:.2f} after {number} rounds")
-        assert found >= least, name
 
+    def ratio(one: str, other: str) -> float:
+        print(f"{one} / {other}: {speeds[one] / speeds[other]:.2f}")
+        return speeds[one] / speeds[other]
 
-def ratios(speeds: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """Return what is compared: the ratio that was found, and the least that it must be."""
+    assert ratio("training loop", "constant batch") >= 0.97
+    assert ratio("training loop, crops and flips", "constant batch") >= 0.92
+    # What a DataLoader costs beside the convolutions depends on how quick the processor is at these: 1.4 to 2.0 were
+    # seen without crops and flips, 1.5 to 1.9 with them.
+    assert ratio("training loop", "DataLoader") >= 1.25
+    assert ratio("training loop, crops and flips", "DataLoader, crops and flips") >= 1.4
     extra = {name: 1 / speed - 1 / speeds["constant batch"] for name, speed in speeds.items()}
-
-    def over(one: str, other: str, least: float) -> dict[str, tuple[float, float]]:
-        return {f"{one} / {other}": (speeds[one] / speeds[other], least)}
-
-    return {
-        **over("training loop", "constant batch", 0.97),
-        **over("training loop, crops and flips", "constant batch", 0.92),
-        # What a DataLoader costs beside the convolutions depends on how quick the processor is at these: 1.4 to 2.0
-        # were seen without crops and flips, 1.5 to 1.9 with them.
-        **over("training loop", "DataLoader", 1.25),
-        **over("training loop, crops and flips", "DataLoader, crops and flips", 1.4),
-        # Crops and flips take less than a fifth of the time that they take there, on any processor.
-        "share of a DataLoader's crops and flips that is saved": (
-            1 - extra["training loop, crops and flips"] / extra["DataLoader, crops and flips"],
-            0.8,
-        ),
-    }
+    # Crops and flips take less than a fifth of the time that they take there, on any processor.
+    assert extra["training loop, crops and flips"] <= 0.2 * extra["DataLoader, crops and flips"]

@@ -117,7 +117,7 @@ def test_the_training_loop_is_as_fast_as_its_model_and_faster_than_a_plain_loop(
         "DataLoader, crops and flips": plain_loop(data, augment=True),
     }
     counts = {name: epoch() for name, epoch in loops.items()}
-    speeds = {name: counts[name] / seconds for name, seconds in quickest(loops, fewest=8, most=24).items()}
+    speeds = {name: counts[name] / seconds for name, seconds in quickest(loops, fewest=8, most=16).items()}
     for name, speed in speeds.items():
         print(f"{name}: {speed:,.0f} images per CPU second")
 

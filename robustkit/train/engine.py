@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from robustkit.errors import TrainingError
 from robustkit.precision import autocast, has_bf16
@@ -28,6 +29,13 @@ GAIN = 1.1
 ROUNDS = 3
 WARM = 2
 """Steps before the clock runs: the first one compiles."""
+SECONDS = 5.0
+"""After so long no other round begins."""
+LEAST_MACS = 200_000_000
+"""A batch of fewer multiply-accumulates in a forward is computed in float32 on a CPU, without a trial.
+
+There bfloat16 gains little, if anything, and a trial of a few milliseconds would not end the same way each time.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class TrainingEngine:
         """Return what was measured, in a line; None where there was nothing to choose."""
         if not self.seconds:
             return None
-        measured = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.seconds.items())
+        plainest_first = sorted(self.seconds.items(), key=lambda one: ("compiled" in one[0], "bf16" in one[0]))
+        measured = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in plainest_first)
         return f"trained in {self.name}; a forward and backward measured: {measured}"
 
     def plain(self) -> dict[str, Any]:
@@ -76,15 +85,27 @@ def engine_from(values: object) -> TrainingEngine | None:
     return TrainingEngine(values["bf16"], values["compiled"], {str(name): one for name, one in seconds.items()})
 
 
-def candidates(spec: TrainSpec, device: torch.device) -> list[TrainingEngine]:
-    """Return the ways that a training may take, the plainest first.
-
-    `precision: auto` is fp32 on a CPU, where small convolutions were slower in bfloat16 on every processor tried, so
-    that two trainings on one CPU give the same bits without a trial.
-    """
-    lower = {"fp32": [False], "bf16": [True], "auto": [False, True] if has_bf16(device) else [False]}[spec.precision]
+def candidates(spec: TrainSpec, lower: bool) -> list[TrainingEngine]:
+    """Return the ways that a training may take, the plainest first; lower: whether `auto` may take bfloat16."""
+    bf16 = {"fp32": [False], "bf16": [True], "auto": [False, True] if lower else [False]}[spec.precision]
     compiled = {True: [True], False: [False], "auto": [False, True]}[spec.compile]
-    return [TrainingEngine(one, other) for other in compiled for one in lower]
+    return [TrainingEngine(one, other) for other in compiled for one in bf16]
+
+
+def worth_bf16(model: nn.Module, x: Tensor) -> bool:
+    """Say whether bfloat16 is worth a trial for a model on batches like x (N, C, H, W): it multiplies enough."""
+    return has_bf16(x.device) and (x.device.type != "cpu" or batch_macs(model, x) >= LEAST_MACS)
+
+
+def batch_macs(model: nn.Module, x: Tensor) -> int:
+    """Return the multiply-accumulates of a forward of a batch x (N, C, H, W); 0 if the model fails on it."""
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+            copy.deepcopy(model)(x)
+    except Exception:  # what is wrong with the model is said by the training
+        return 0
+    return int(counter.get_total_flops()) // 2
 
 
 def choose(
@@ -97,7 +118,7 @@ def choose(
     Raises:
         TrainingError: `compile: true`, and torch.compile fails on this model or machine.
     """
-    ways = candidates(spec, device)
+    ways = candidates(spec, spec.precision == "auto" and worth_bf16(model, x))
     if len(ways) == 1:
         if ways[0].compiled:
             _check_compiles(ways[0], model, x, classes)
@@ -146,11 +167,14 @@ def _tried(ways: list[TrainingEngine], model: nn.Module, x: Tensor, classes: int
         # What is wrong with the model itself is said by the training.
         return ways[0]
     best = dict.fromkeys((trial.engine.name for trial in working), float("inf"))
+    begun = time.perf_counter()
     for _ in range(ROUNDS):
         for trial in working:
             started = time.perf_counter()
             trial.step()
             best[trial.engine.name] = min(best[trial.engine.name], time.perf_counter() - started)
+        if time.perf_counter() - begun > SECONDS:
+            break
     seconds = {name: round(value, 6) for name, value in best.items()}
     fastest = min(working, key=lambda trial: best[trial.engine.name]).engine
     plain = working[0].engine

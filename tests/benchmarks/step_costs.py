@@ -15,6 +15,7 @@ from robustkit.attacks.threat import Threat
 from robustkit.defenses.frozen import FrozenModel
 from robustkit.defenses.inner import ascend, cross_entropy_score
 from robustkit.models.build import build_model
+from robustkit.precision import autocast, has_bf16
 from robustkit.recipe.spec import Use
 from robustkit.train.hooks import Batch, Step
 from robustkit.train.layout import to_channels_last
@@ -49,7 +50,7 @@ def model_of(name: str) -> tuple[nn.Module, Batch]:
     return model.train(), Batch(torch.rand(count, *SHAPE).contiguous(memory_format=layout), y, y, 10)
 
 
-def step_of(name: str, chosen: tuple[str, dict[str, Any]] | None) -> Callable[[], None]:
+def step_of(name: str, chosen: tuple[str, dict[str, Any]] | None, precision: torch.dtype | None) -> Callable[[], None]:
     """Return one training step of a defense (None: of no defense) on a batch that does not change."""
     model, batch = model_of(name)
     optimizer = Sgd(lr=1e-3).build([{"params": list(model.parameters())}])
@@ -58,23 +59,21 @@ def step_of(name: str, chosen: tuple[str, dict[str, Any]] | None) -> Callable[[]
     hooked = [(defense, step)] if defense is not None else []
 
     def run() -> None:
-        train_step(model, replace(batch), hooked, optimizer, precision=None)
+        train_step(model, replace(batch), hooked, optimizer, precision=precision)
 
     return run
 
 
-def costs(name: str, rounds: int, without: tuple[str, ...] = ()) -> dict[str, float]:
-    """Return the CPU seconds of each defense's step over those of a standard one, each its quickest in so many rounds.
+def seconds(name: str, precision: torch.dtype | None, rounds: int, without: tuple[str, ...] = ()) -> dict[str, float]:
+    """Return the CPU seconds of a standard step and of each defense's, each its quickest in so many rounds.
 
     Fewer of them, but three, where more would change nothing.
     """
-    steps = {label: step_of(name, chosen) for label, chosen in DEFENSES.items() if label not in without}
-    found = quickest(steps, fewest=3, most=rounds, repeats=REPEATS)
-    standard = found.pop("standard")
-    return {label: seconds / standard for label, seconds in found.items()}
+    steps = {label: step_of(name, chosen, precision) for label, chosen in DEFENSES.items() if label not in without}
+    return quickest(steps, fewest=3, most=rounds, repeats=REPEATS)
 
 
-def folding(name: str, rounds: int) -> float:
+def folding(name: str, precision: torch.dtype | None, rounds: int) -> float:
     """Return the CPU seconds of ten inner steps with batch norms folded over those without, the quickest of each."""
     model, batch = model_of(name)
     score, threat = cross_entropy_score(batch.y), Threat("linf", 8 / 255)
@@ -82,17 +81,29 @@ def folding(name: str, rounds: int) -> float:
     def search(fold: bool) -> Tensor:
         return ascend(FrozenModel(model, fold=fold), score, batch.x, batch.x, threat, steps=10, alpha=2 / 255)
 
-    with attack_mode(model):
+    with attack_mode(model), autocast("cpu", precision):
         found = quickest({"folded": lambda: search(True), "not": lambda: search(False)}, fewest=rounds, most=rounds)
     return found["folded"] / found["not"]
 
 
 def print_steps(rounds: int) -> None:
-    """Print a table of both models."""
-    tables = {name: costs(name, rounds) for name in MODELS}
-    print("| step of | " + " | ".join(f"{name}, batch {MODELS[name][1]}" for name in tables) + " |")
-    print("|---|" + "---|" * len(tables))
-    for label in next(iter(tables.values())):
-        print(f"| {label} | " + " | ".join(f"{one[label]:.2f}" for one in tables.values()) + " |")
-    cells = " | ".join(f"{folding(name, rounds):.2f}" for name in tables)
-    print(f"| *ten inner steps with batch norms folded, over the same without* | {cells} |")
+    """Print a table of both models, in bfloat16 too where the processor multiplies in it."""
+    precisions: list[torch.dtype | None] = [None, *([torch.bfloat16] if has_bf16(CPU) else [])]
+    columns = [(name, one) for name in MODELS for one in precisions]
+    measured = {column: seconds(*column, rounds) for column in columns}
+    rows = {
+        label: [found[label] / found["standard"] for found in measured.values()]
+        for label in DEFENSES
+        if label != "standard"
+    }
+    rows["*a standard step, over one in fp32*"] = [
+        measured[name, one]["standard"] / measured[name, None]["standard"] for name, one in columns
+    ]
+    rows["*ten inner steps with batch norms folded, over the same without*"] = [
+        folding(*column, rounds) for column in columns
+    ]
+    heads = [f"{name}, batch {MODELS[name][1]}{', bf16' if one else ''}" for name, one in columns]
+    print("| step of | " + " | ".join(heads) + " |")
+    print("|---|" + "---|" * len(heads))
+    for label, values in rows.items():
+        print(f"| {label} | " + " | ".join(f"{one:.2f}" for one in values) + " |")

@@ -50,7 +50,7 @@ def network(data: Dataset) -> Normalized:
 def our_loop(data: Dataset, augment: Sequence[Augmentation] = ()) -> Callable[[], int]:
     """An epoch of the training loop as `fit` runs it."""
     optimizer = Use(name="sgd", parameters={"lr": 0.01}, label="sgd")
-    spec = TrainSpec(epochs=100, batch_size=BATCH, optimizer=optimizer)
+    spec = TrainSpec(epochs=100, batch_size=BATCH, optimizer=optimizer, precision="fp32")
     run = _Run(network(data), data, spec, [], Threat("linf", 8 / 255), 0, "benchmark", CPU, lambda *_: None, augment)
     state = TrainingState(guards=Guards(classes=10, epochs=100))
 

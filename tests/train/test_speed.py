@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from robustkit import registry
 from robustkit.attacks.threat import Threat
 from robustkit.checkpoint import StateFile
+from robustkit.compress.costs import count_macs
 from robustkit.data.augment import Crop, Flip
 from robustkit.data.load import load_dataset
 from robustkit.data.split import Dataset
@@ -21,13 +23,14 @@ from robustkit.errors import RecipeError, TrainingError, UsageError
 from robustkit.models.build import build_model
 from robustkit.models.normalized import Normalized
 from robustkit.models.small_cnn import SmallCnn
+from robustkit.precision import has_bf16
 from robustkit.recipe.plan import make_plan
 from robustkit.recipe.schema import parse_recipe
 from robustkit.recipe.spec import TrainSpec, Use
 from robustkit.train import engine as engines
 from robustkit.train.checkpointing import blocks_of, checkpointed
 from robustkit.train.determinism import WORKSPACE, deterministic
-from robustkit.train.engine import TrainingEngine, candidates, choose
+from robustkit.train.engine import LEAST_MACS, TrainingEngine, batch_macs, candidates, choose, worth_bf16
 from robustkit.train.hooks import Batch, Defense, Step
 from robustkit.train.loop import Fitted, fit
 from robustkit.train.optim import Adam, AdamW, Sgd
@@ -117,7 +120,9 @@ def network() -> Normalized:
     return Normalized(SmallCnn((1, 8, 8), 10, [8, 16]), [0.3], [0.4])
 
 
-def train(data: Dataset, *names: str, checkpoint: StateFile | None = None, **spec: Any) -> Fitted:
+def train(
+    data: Dataset, *names: str, checkpoint: StateFile | None = None, choices: Path | None = None, **spec: Any
+) -> Fitted:
     values: dict[str, Any] = {"epochs": 2, "batch_size": 60, "optimizer": use("sgd", lr=0.05), **spec}
     augment = [Crop(1), Flip(alternate=True)]
     return fit(
@@ -130,6 +135,7 @@ def train(data: Dataset, *names: str, checkpoint: StateFile | None = None, **spe
         key="test",
         device=CPU,
         on_event=lambda *_: None,
+        choices=choices,
         augment=augment,
         checkpoint=checkpoint,
     )
@@ -321,6 +327,7 @@ class Slow(nn.Module):
 def choice(monkeypatch: pytest.MonkeyPatch, compiled: Compiled, folder: Path | None = None) -> TrainingEngine:
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(engines, "time", compiled.clock)
+    monkeypatch.setattr(engines, "has_bf16", lambda device: False)
     return choose(TrainSpec(compile="auto"), Slow(compiled.clock), torch.rand(4, 1, 8, 8), CPU, folder, 10)
 
 
@@ -379,13 +386,99 @@ def test_a_trial_leaves_the_model_and_the_generator_alone() -> None:
     assert all(one.grad is None for one in model.parameters())
 
 
-def test_a_cpu_has_no_trial_of_precisions() -> None:
-    assert [one.name for one in candidates(TrainSpec(), CPU)] == ["fp32"]
-    assert [one.name for one in candidates(TrainSpec(precision="bf16", compile="auto"), CPU)] == [
-        "bf16",
-        "bf16 compiled",
-    ]
-    assert [one.name for one in candidates(TrainSpec(compile=True), CPU)] == ["fp32 compiled"]
+def test_the_ways_that_a_training_may_take() -> None:
+    def names(lower: bool = False, **train: Any) -> list[str]:
+        return [one.name for one in candidates(TrainSpec(**train), lower)]
+
+    assert names() == ["fp32"]
+    assert names(lower=True) == ["fp32", "bf16"]
+    assert names(lower=True, precision="fp32") == ["fp32"]
+    assert names(precision="bf16", compile="auto") == ["bf16", "bf16 compiled"]
+    assert names(compile=True) == ["fp32 compiled"]
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False),
+        ({"neon": True, "bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_bfloat16_is_tried_on_processors_that_multiply_in_it(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool], wanted: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert has_bf16(CPU) is wanted
+    assert not has_bf16(torch.device("meta"))
+
+
+def test_small_models_are_not_tried_in_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SmallCnn((1, 28, 28), 10, [16, 32]).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.rand(128, 1, 28, 28)
+    assert batch_macs(model, x) == 128 * count_macs(model.eval(), (1, 28, 28)) > LEAST_MACS
+    assert same(before, model.state_dict())
+    monkeypatch.setattr(engines, "has_bf16", lambda device: True)
+    assert worth_bf16(model, x)
+    assert not worth_bf16(model, x[:64])
+    assert not worth_bf16(model, x[:, :, :2]), "it fails, which the training says"
+    monkeypatch.setattr(engines, "has_bf16", lambda device: False)
+    assert not worth_bf16(model, x)
+
+
+class Lower(nn.Module):
+    """As slow as told in bfloat16, 30 ms in float32."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        self.clock.now += 0.03 if logits.dtype == torch.float32 else self.seconds
+        return logits
+
+
+@pytest.mark.parametrize(("seconds", "wanted"), [(0.02, "bf16"), (0.028, "fp32"), (0.04, "fp32")])
+def test_auto_takes_bfloat16_on_a_cpu_where_it_measures_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, wanted: str
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engines, "time", clock)
+    monkeypatch.setattr(engines, "worth_bf16", lambda model, x: True)
+    found = choose(TrainSpec(), Lower(clock, seconds), torch.rand(4, 1, 8, 8), CPU, None, 10)
+    assert found.name == wanted
+    assert found.seconds == pytest.approx({"fp32": 0.03, "bf16": seconds})
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1.0, 3), (6.0, 1)])
+def test_a_trial_begins_no_other_round_after_five_seconds(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
+) -> None:
+    compiled = Compiled(seconds)
+    choice(monkeypatch, compiled)
+    assert compiled.clock.now == pytest.approx((engines.WARM + steps) * (0.03 + seconds))
+
+
+def test_a_training_in_bfloat16_on_a_cpu_is_repeated_to_the_bit(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second training finds the first one's choice, whatever the clock would say now."""
+    monkeypatch.setattr(engines, "worth_bf16", lambda model, x: True)
+    monkeypatch.setattr(engines, "_tried", lambda ways, *_: replace(ways[-1], seconds={"fp32": 0.03, "bf16": 0.02}))
+    first = train(digits, "n_fgsm", epochs=2, choices=tmp_path)
+    monkeypatch.setattr(engines, "_tried", lambda ways, *_: ways[0])
+    again = train(digits, "n_fgsm", epochs=2, choices=tmp_path)
+    usual = train(digits, "n_fgsm", epochs=2, precision="fp32")
+    assert first.notes[0] == "trained in bf16; a forward and backward measured: fp32 30.0 ms, bf16 20.0 ms"
+    assert again.notes == first.notes
+    assert same(first.model.state_dict(), again.model.state_dict())
+    assert not same(first.model.state_dict(), usual.model.state_dict())
+    assert all(value.dtype != torch.bfloat16 for value in first.model.state_dict().values())
 
 
 def key(**train: Any) -> str:

@@ -84,18 +84,20 @@ class _Pair:
     versions: list[int]
     """How often its tensors had been changed in place."""
     fused: tuple[Tensor, Tensor] | None = None
-    """Filters and bias with the batch norm in them, from their first use on."""
+    """Filters and bias with the batch norm in them, from their first use on; in lower precision where autocast is on,
+    which would cast them anew in each pass, as they take no gradient."""
 
     def folded(self, call: Convolution) -> Convolution | None:
         """Return a call of the convolution with the batch norm in it; None where the tensors have changed."""
         if self.versions != _versions(self.call, self.norm):
             return None
-        if self.fused is None:
+        dtype = _computed_in(call.weight)
+        if self.fused is None or self.fused[0].dtype != dtype:
             first, norm = self.call, self.norm
             weight, bias = fuse_conv_bn_weights(
                 first.weight, first.bias, norm.mean, norm.var, norm.eps, norm.weight, norm.bias
             )
-            self.fused = weight.detach(), bias.detach()
+            self.fused = weight.detach().to(dtype), bias.detach().to(dtype)
         return call._replace(weight=self.fused[0], bias=self.fused[1])
 
 
@@ -186,6 +188,13 @@ def _pairs(outputs: list[_Output], spoiled: list[Convolution]) -> dict[int, _Pai
         if norm is not None and alone and lasting:
             found[id(call.weight)] = _Pair(call, norm, _versions(call, norm))
     return found
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    """Return the type in which a convolution with such filters is computed; autocast leaves float64 alone."""
+    device = weight.device.type
+    cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else weight.dtype
 
 
 def _versions(call: Convolution, norm: Norm) -> list[int]:

@@ -312,3 +312,22 @@ def test_examples_are_found_as_without_folding(dtype: torch.dtype | None, monkey
     plain = losses()
     assert (plain > clean).all()
     torch.testing.assert_close(folded - clean, plain - clean, rtol=0.1 if dtype else 1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_folded_filters_are_cast_once_under_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast keeps what it cast only of parameters that take a gradient; float64 it leaves alone."""
+    model = lively(Two("relu")).to(dtype)
+    x, seen = images().to(dtype), []
+    monkeypatch.setattr("robustkit.defenses.frozen._run", lambda call: seen.append(call) or call.plain())
+    with frozen(model, passes=3) as run:
+        for autocast in (True, True, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = run(x.requires_grad_())
+            assert torch.isfinite(logits).all()
+    lower = torch.bfloat16 if dtype == torch.float32 else dtype
+    first, second, third, plain = (call.weight for call in seen)
+    assert first is model.conv.weight
+    assert second is third
+    assert second.dtype == seen[1].bias.dtype == lower
+    assert plain.dtype == dtype

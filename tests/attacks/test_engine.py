@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import robustkit
 from robustkit.attacks import engine
 from robustkit.attacks.cascade import Cascade
-from robustkit.attacks.engine import PLAIN, Allowed, Engine, choose_engine, takes
+from robustkit.attacks.engine import PLAIN, Allowed, Engine, choose_engine, takes, worth_bf16
 from robustkit.attacks.threat import Threat
 from robustkit.evaluation.attacked import attack_outcome, clean_outcome
 from robustkit.evaluation.outcome import Outcome
@@ -122,12 +122,18 @@ def test_auto_takes_lower_precision_where_it_measures_faster(
 ) -> None:
     clock, x = Clock(), torch.rand(4, 1, 8, 8)
     monkeypatch.setattr(engine, "time", clock)
-    monkeypatch.setattr(engine, "has_bf16", lambda device: True)
+    monkeypatch.setattr(engine, "worth_bf16", lambda device: True)
     model = Timed(clock, usual, lower)
     assert choose_engine(model, x, Allowed("auto")).exact is not used
     assert choose_engine(model, x, Allowed("fp32")).exact
-    monkeypatch.setattr(engine, "has_bf16", lambda device: False)
+    monkeypatch.setattr(engine, "worth_bf16", lambda device: False)
     assert choose_engine(model, x, Allowed("auto")).exact
+
+
+def test_auto_leaves_a_model_in_its_own_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "has_bf16", lambda device: True)
+    assert not worth_bf16(torch.device("cpu"))
+    assert worth_bf16(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("gain", [True, False])

@@ -193,8 +193,8 @@ def _pairs(outputs: list[_Output], spoiled: list[Convolution]) -> dict[int, _Pai
 def _computed_in(weight: Tensor) -> torch.dtype:
     """Return the type in which a convolution with such filters is computed; autocast leaves float64 alone."""
     device = weight.device.type
-    cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else weight.dtype
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast and weight.dtype != torch.float64 else weight.dtype
 
 
 def _versions(call: Convolution, norm: Norm) -> list[int]:

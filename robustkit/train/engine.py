@@ -162,7 +162,8 @@ def _kind(spec: TrainSpec, model: nn.Module, x: Tensor, device: torch.device) ->
 
 
 def _processor() -> str:
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cpu.get_capabilities().get("cpu_name", "cpu")
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _read(place: Path) -> TrainingEngine | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch as safetensors
@@ -24,7 +25,7 @@ from robustkit.models.quantized import made_of
 from robustkit.models.whitening import whiten_
 from robustkit.recipe.plan import Step, content_key
 from robustkit.recipe.rewind import kept_epochs, root_of
-from robustkit.recipe.spec import VariantSpec
+from robustkit.recipe.spec import TrainSpec, VariantSpec
 from robustkit.seeding import derive_seed
 from robustkit.steps.members import fit_members, owner_of, remove_states
 from robustkit.steps.teach import teach
@@ -41,6 +42,16 @@ FLOAT = "float.safetensors"
 """The model that a quantized one was made of."""
 
 
+@dataclass
+class _Made:
+    """What a step has made so far. `last`: the model after the last epoch; `files`: those beside the model's own."""
+
+    model: nn.Module
+    last: nn.Module | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+
 def fit_step(bench: Workbench, step: Step) -> None:
     """Make a variant: its parent's weights or new ones, compressed, trained, saved as best and last."""
     variant = bench.recipe.variant(step.variant)
@@ -51,64 +62,77 @@ def fit_step(bench: Workbench, step: Step) -> None:
     arrived = _start(bench, variant, step, data)
     keeper = _keeper(bench, variant, step, data, hook_masks(arrived))
     model = without_hooks(arrived).to(bench.device)
-    record: dict[str, Any] = {"variant": step.variant, "seed": step.seed}
-    files: tuple[str, ...] = (MODEL,)
-    last: nn.Module | None = None
     if variant.train:
-        kept = kept_epochs(bench.recipe, variant)
-        defenses = _defenses(bench, variant, keeper)
-        epochs = EpochKeeper(kept, [defense for _, defense in defenses])
-        defenses += [("epochs", epochs)] if kept else []
-        # The last to be put in and the first to be taken out: what is rounded is what the others make of a layer.
-        defenses += keeper.trainings(model) if keeper is not None else []
-        teach(bench, step, defenses)
-        fitted = fit(
-            model,
-            data,
-            variant.train,
-            defenses,
-            threat=threat_of(variant.threat),
-            seed=step.seed,
-            key=step.key,
-            device=bench.device,
-            on_event=bench.events,
-            checkpoint=StateFile(bench.store.step(step.key) / STATE, bench.warn),
-            augment=[bench.create("augmentation", use) for use in variant.train.augment],  # type: ignore[misc]
-            create=bench.create,
-            choices=cache_folder() / "engines",
-        )
-        model = fitted.model
-        record |= {
-            "best_epoch": fitted.best_epoch,
-            "epochs": [row.model_dump() for row in fitted.epochs],
-            "flags": [flag.model_dump() for flag in fitted.flags],
-            "notes": list(fitted.notes),
-            "train_seconds": fitted.seconds,
-            "poison": fitted.poison,
-        }
-        last = without_hooks(_start(bench, variant, step, data))
-        last.load_state_dict(fitted.last_state)
-        files = (MODEL, LAST, *_keep_early(bench, step, epochs, kept))
-    elif keeper is not None:
-        model = keeper.compress(model)
+        made = _trained(bench, variant, variant.train, step, data, model, keeper)
+    else:
+        made = _Made(model if keeper is None else keeper.compress(model))
     if keeper is not None:
-        model = keeper.finish(model)
-        last = keeper.finish_last(last) if last is not None else None
-        if keeper.quantizers:
-            _save(bench, model, variant, data, step, FLOAT)
-            files = (*files, FLOAT)
-            model = keeper.quantize(model)
-            record["quantization"] = made_of(model)
-    if last is not None:
-        _save(bench, last, variant, data, step, LAST)
-    name = ONNX if isinstance(model, OnnxModel) else MODEL
-    _save(bench, model, variant, data, step, name)
+        _finish(bench, variant, step, data, made, keeper)
+    if made.last is not None:
+        _save(bench, made.last, variant, data, step, LAST)
+    name = ONNX if isinstance(made.model, OnnxModel) else MODEL
+    _save(bench, made.model, variant, data, step, name)
     if keeper is not None:
-        keeper.shipped(model, bench.store.step(step.key) / name)
+        keeper.shipped(made.model, bench.store.step(step.key) / name)
         if keeper.flags:
-            record["flags"] = [*record.get("flags", []), *(flag.model_dump() for flag in keeper.flags)]
-        record["notes"] = [*record.get("notes", []), *keeper.notes]
-    bench.store.finish(step.key, record, (name, *files[1:]))
+            made.record["flags"] = [*made.record.get("flags", []), *(flag.model_dump() for flag in keeper.flags)]
+        made.record["notes"] = [*made.record.get("notes", []), *keeper.notes]
+    bench.store.finish(step.key, {"variant": step.variant, "seed": step.seed, **made.record}, (name, *made.files))
+
+
+def _trained(
+    bench: Workbench,
+    variant: VariantSpec,
+    spec: TrainSpec,
+    step: Step,
+    data: Dataset,
+    model: nn.Module,
+    keeper: MaskKeeper | None,
+) -> _Made:
+    kept = kept_epochs(bench.recipe, variant)
+    defenses = _defenses(bench, variant, keeper)
+    epochs = EpochKeeper(kept, [defense for _, defense in defenses])
+    defenses += [("epochs", epochs)] if kept else []
+    # The last to be put in and the first to be taken out: what is rounded is what the others make of a layer.
+    defenses += keeper.trainings(model) if keeper is not None else []
+    teach(bench, step, defenses)
+    fitted = fit(
+        model,
+        data,
+        spec,
+        defenses,
+        threat=threat_of(variant.threat),
+        seed=step.seed,
+        key=step.key,
+        device=bench.device,
+        on_event=bench.events,
+        checkpoint=StateFile(bench.store.step(step.key) / STATE, bench.warn),
+        augment=[bench.create("augmentation", use) for use in spec.augment],  # type: ignore[misc]
+        create=bench.create,
+        choices=cache_folder() / "engines",
+    )
+    last = without_hooks(_start(bench, variant, step, data))
+    last.load_state_dict(fitted.last_state)
+    record = {
+        "best_epoch": fitted.best_epoch,
+        "epochs": [row.model_dump() for row in fitted.epochs],
+        "flags": [flag.model_dump() for flag in fitted.flags],
+        "notes": list(fitted.notes),
+        "train_seconds": fitted.seconds,
+        "poison": fitted.poison,
+    }
+    return _Made(fitted.model, last, record, (LAST, *_keep_early(bench, step, epochs, kept)))
+
+
+def _finish(bench: Workbench, variant: VariantSpec, step: Step, data: Dataset, made: _Made, keeper: MaskKeeper) -> None:
+    """End the compression; keep the model in floats beside one that is quantized."""
+    made.model = keeper.finish(made.model)
+    made.last = None if made.last is None else keeper.finish_last(made.last)
+    if keeper.quantizers:
+        _save(bench, made.model, variant, data, step, FLOAT)
+        made.files = (*made.files, FLOAT)
+        made.model = keeper.quantize(made.model)
+        made.record["quantization"] = made_of(made.model)
 
 
 def _parts(bench: Workbench, variant: VariantSpec) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robustkit.errors import TrainingError
-from robustkit.precision import autocast, has_bf16
+from robustkit.precision import autocast, has_bf16, processor
 from robustkit.recipe.spec import TrainSpec
 from robustkit.store import write_json
 
@@ -162,8 +162,7 @@ def _kind(spec: TrainSpec, model: nn.Module, x: Tensor, device: torch.device) ->
 
 
 def _processor() -> str:
-    name = torch.cpu.get_capabilities().get("cpu_name", "cpu")
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor().get('cpu_name', 'cpu')} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _read(place: Path) -> TrainingEngine | None:

@@ -50,7 +50,7 @@ def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tenso
     if threat.norm == "linf":
         delta = torch.empty_like(x).uniform_(-1, 1, generator=generator) * threat.eps_for(x)
     else:
-        direction = torch.empty_like(x).normal_(generator=generator)
+        direction = _gaussian_like(x, generator)
         # The radius of a uniform point of a d-dimensional ball is distributed as U**(1/d).
         share = torch.empty_like(threat.eps_for(x)).uniform_(generator=generator)
         radius = threat.eps_for(x) * share.pow(1 / x[0].numel())
@@ -60,8 +60,14 @@ def random_start(x: Tensor, threat: Threat, generator: torch.Generator) -> Tenso
 
 def near_start(x: Tensor, threat: Threat, generator: torch.Generator, spread: float) -> Tensor:
     """Return x (N, ...) plus Gaussian noise of standard deviation `spread`, inside the threat's ball and [0, 1]."""
-    noise = torch.empty_like(x).normal_(generator=generator).mul_(spread)
+    noise = _gaussian_like(x, generator).mul_(spread)
     return (x + project_(noise, threat)).clamp(0, 1)
+
+
+def _gaussian_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return standard normal noise like x; on a CPU torch draws it ten times as slowly in channels last."""
+    drawn = torch.empty_like(x, memory_format=torch.contiguous_format).normal_(generator=generator)
+    return torch.empty_like(x).copy_(drawn)
 
 
 def pgd_examples(

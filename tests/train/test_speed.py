@@ -457,8 +457,8 @@ def test_auto_takes_bfloat16_on_a_cpu_where_it_measures_faster(
     assert found.seconds == pytest.approx({"fp32": 0.03, "bf16": seconds})
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(1.0, 3), (6.0, 1)])
-def test_a_trial_begins_no_other_round_after_five_seconds(
+@pytest.mark.parametrize(("seconds", "steps"), [(6.0, 1), (2.0, 3), (1.0, 3), (0.2, 5), (0.02, 10)])
+def test_a_trial_takes_more_rounds_the_shorter_they_are(
     monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
 ) -> None:
     compiled = Compiled(seconds)

@@ -14,7 +14,8 @@ import robustkit
 from robustkit.attacks.threat import Threat
 from robustkit.attacks.torchattacks import TorchAttack
 from robustkit.evaluation.api import make_attacks
-from robustkit.evaluation.compare import compare_flags
+from robustkit.evaluation.compare import compare_flags, subset_flags
+from robustkit.results import GateResult
 
 TOTAL = 1000
 Found = list[tuple[str, str]]
@@ -112,3 +113,14 @@ def test_an_object_of_torchattacks_is_the_attack_that_it_is() -> None:
 def test_comparing_imports_no_torch() -> None:
     code = "import sys, robustkit.evaluation.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "says"),
+    [(0.49, 500, "(at least 1,917 would)"), (0.49, 5000, "(many more would)"), (0.5, 500, "(no number would)")],
+)
+def test_a_gate_within_noise_says_how_many_examples_would_decide_it(right: float, n: int, says: str) -> None:
+    within = GateResult(text="worst(a) >= worst(b)", left=0.5, right=right, verdict="holds (within noise)")
+    (flag,) = subset_flags([within], n)
+    assert says in flag.message
+    assert subset_flags([within.model_copy(update={"verdict": "holds"})], n) == []
